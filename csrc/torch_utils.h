@@ -1,0 +1,79 @@
+// The one header of ours that knows Torch: options of a norm as they travel through the
+// dispatcher, and the checks that every kernel entry makes.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+#include "common/norm.h"
+
+namespace fastnorm {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+inline View to_view(at::IntArrayRef v) {
+  TORCH_CHECK(v.size() == 6, "fastnorm: a view has 6 numbers, got ", v.size());
+  return View{v[0], v[1], v[2], v[3], v[4], v[5]};
+}
+
+inline bool has(const OptionalTensor& t) { return t.has_value() && t->defined(); }
+
+// float for everything but double: the type of statistics, and of parameters inside kernels.
+inline at::ScalarType accumulate_type(at::ScalarType t) {
+  return t == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// Calls f(T{}) with the storage type of `dtype`.
+template <typename F>
+void visit_dtype(at::ScalarType dtype, F&& f) {
+  switch (dtype) {
+    case at::kFloat:
+      return f(float{});
+    case at::kDouble:
+      return f(double{});
+    case at::kBFloat16:
+      return f(c10::BFloat16{});
+    case at::kHalf:
+      return f(c10::Half{});
+    default:
+      TORCH_CHECK_TYPE(false, "fastnorm: expected a floating-point input, got ", dtype);
+  }
+}
+
+inline NormConfig to_config(at::IntArrayRef view, int64_t statistic, bool frozen, bool prologue,
+                            double eps, double weight_offset, int64_t activation,
+                            double dropout_p, const OptionalTensor& seed) {
+  NormConfig c;
+  c.view = to_view(view);
+  c.statistic = static_cast<Statistic>(statistic);
+  c.frozen = frozen;
+  c.prologue = prologue;
+  c.eps = eps;
+  c.weight_offset = weight_offset;
+  c.activation = static_cast<Activation>(activation);
+  c.dropout = Dropout::of(dropout_p, has(seed) ? seed->const_data_ptr<int64_t>() : nullptr);
+  return c;
+}
+
+// The element order of every tensor beside `x` must be that of x, and nothing may be padded.
+inline void check_operands(const at::Tensor& x, const View& view,
+                           std::initializer_list<OptionalTensor> same,
+                           std::initializer_list<OptionalTensor> per_channel) {
+  TORCH_CHECK(x.is_non_overlapping_and_dense() && x.numel() == view.numel(),
+              "fastnorm: the input must be dense with ", view.numel(), " elements");
+  for (const auto& t : same) {
+    TORCH_CHECK(!has(t) || (t->scalar_type() == x.scalar_type() && t->sizes() == x.sizes() &&
+                            t->strides() == x.strides() && t->device() == x.device()),
+                "fastnorm: expected a tensor like the input");
+  }
+  for (const auto& t : per_channel) {
+    TORCH_CHECK(!has(t) || (t->numel() == view.channels() && t->is_contiguous() &&
+                            t->device() == x.device()),
+                "fastnorm: expected one contiguous value per channel (", view.channels(), ")");
+  }
+}
+
+}  // namespace fastnorm
