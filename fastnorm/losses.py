@@ -1,0 +1,354 @@
+r"""Cross-entropy with label smoothing, for class ids and for distributions.
+
+With logits :math:`x`, log-probabilities :math:`\log p = \operatorname{log\_softmax}(x)`, class
+weights :math:`w`, target distribution :math:`t` (one-hot for class ids), prior :math:`u` (uniform
+by default) and smoothing :math:`\varepsilon`:
+
+.. math:: \ell = -\sum_k w_k \, t'_k \log p_k, \qquad t' = (1 - \varepsilon)\, t + \varepsilon\, u
+
+(Szegedy et al., "Rethinking the Inception architecture", 2016, section 7: the smoothing mass is
+spread over all classes, the true one included, which then holds
+:math:`1 - \varepsilon + \varepsilon/K`.) The gradient is
+
+.. math:: \partial\ell/\partial x_j = p_j \sum_k w_k t'_k - w_j t'_j .
+
+A class whose logit is :math:`-\infty` is not allowed at that position: the prior is spread over the
+others, and :math:`0 \cdot \infty` counts as 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["LabelSmoothingCrossEntropy", "cross_entropy", "smooth_labels"]
+
+
+def smooth_labels(
+    target: Tensor,
+    num_classes: int,
+    smoothing: float = 0.1,
+    *,
+    prior: Tensor | None = None,
+    others_only: bool = False,
+    dim: int | None = 1,
+) -> Tensor:
+    r"""The smoothed target distribution :math:`(1 - \varepsilon)\,t + \varepsilon\,u`.
+
+    Args:
+        target: integer class ids of any shape, or, when floating point, distributions over `dim`.
+        num_classes: number of classes :math:`K`.
+        smoothing: :math:`\varepsilon`, in [0, 1].
+        prior: distribution :math:`u` over the classes, shape (K,). Default: uniform, :math:`1/K`.
+        others_only: spread :math:`\varepsilon` over the other classes only, so that the true class
+            keeps exactly :math:`1 - \varepsilon`; :math:`\varepsilon/(K-1)` each under the uniform
+            prior.
+        dim: where the class dimension is, or goes for class ids; the last one where there are
+            fewer. ``None`` with two classes: `target` holds probabilities of class 1, as binary
+            cross-entropy takes them.
+
+    Returns:
+        Floating point tensor, in the dtype of a floating point `target`, else in torch's default
+        dtype.
+
+    Raises:
+        ValueError: `smoothing`, `num_classes` or a shape out of range. IndexError: a class id is.
+
+    Example::
+
+        >>> smooth_labels(torch.tensor([0, 2]), 4, 0.2)
+        tensor([[0.8500, 0.0500, 0.0500, 0.0500],
+                [0.0500, 0.0500, 0.8500, 0.0500]])
+    """
+    _check_smoothing("smoothing", smoothing)
+    if num_classes < 1 or (others_only and num_classes < 2):
+        raise ValueError(f"num_classes must be at least {1 + others_only}, got {num_classes}")
+    prior = _check_prior(prior, num_classes)
+    if dim is None:
+        if num_classes != 2:
+            raise ValueError(f"dim=None is for num_classes=2, got {num_classes}")
+        t = target if target.is_floating_point() else target.to(torch.get_default_dtype())
+        both = smooth_labels(
+            torch.stack([1 - t, t], -1), 2, smoothing, prior=prior, others_only=others_only, dim=-1
+        )
+        return both[..., 1]
+    dim = min(dim, target.dim() - 1 if target.is_floating_point() else target.dim())
+    if target.is_floating_point():
+        t = target
+        if not -t.dim() <= dim < t.dim() or t.shape[dim] != num_classes:
+            raise ValueError(
+                f"target must have {num_classes} classes in dim {dim}, got shape {tuple(t.shape)}"
+            )
+    else:
+        _check_ids(target, num_classes, None)
+        t = nn.functional.one_hot(target.long(), num_classes).to(torch.get_default_dtype())
+        t = t.movedim(-1, dim)
+    shape = [1] * t.dim()
+    shape[dim] = num_classes
+    u = t.new_full(shape, 1 / num_classes) if prior is None else prior.to(t).view(shape)
+    if others_only:
+        u = u * (1 - t)
+        u = u / u.sum(dim, keepdim=True)
+    return (1 - smoothing) * t + smoothing * u
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    prior: Tensor | None = None,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    check_targets: bool = False,
+    torch_mean: bool = False,
+) -> Tensor:
+    r"""Cross-entropy as ``torch.nn.functional.cross_entropy``, right where that one is not defined.
+
+    The formula is at the top of this module. What differs from torch:
+
+    * Masked (:math:`-\infty`) logits give a finite loss under smoothing: the smoothing mass goes to
+      the classes that are allowed. Only a target on a masked class is infinitely wrong.
+    * ``reduction="mean"`` with `weight` divides by the weight of the actual (smoothed) target,
+      :math:`\sum_i \sum_k w_k t'_{ik}`, for class ids and distributions alike. Torch's rules, which
+      give different losses for the same labels, come with `torch_mean`.
+    * The mean over no position at all (everything ignored or masked) is 0 with zero gradient.
+    * Positions can be left out of soft targets too, by `mask`; nothing is read there, not even NaN.
+
+    Args:
+        input: logits, (K,), (N, K) or (N, K, d1, ...); any floating dtype, computed in float32 or
+            better.
+        target: class ids (any integer dtype) of `input`'s shape without K, or distributions of
+            `input`'s shape. They are used as they are: not normalized.
+        weight: weight of each class, shape (K,).
+        label_smoothing: :math:`\varepsilon`, in [0, 1].
+        prior: distribution the smoothing mass follows, shape (K,). Default: uniform.
+        ignore_index: class id of positions that contribute nothing; may be a valid class.
+        mask: bool, of `input`'s shape without K; positions that are ``False`` contribute nothing.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        check_targets: raise on distributions that are negative or sum to 1 only within more than
+            1e-3, and on class ids out of range on every device (on CPU they always raise). Waits
+            for the device.
+        torch_mean: divide as torch does: by :math:`\sum_i w_{y_i}` for class ids (NaN when nothing
+            is left), by the number of positions for distributions.
+
+    Returns:
+        A scalar, or `input`'s shape without K for ``"none"``, in `input`'s dtype (float32 under
+        autocast).
+
+    Raises:
+        ValueError, RuntimeError: shapes, `reduction`, `label_smoothing` or dtypes that do not fit.
+        IndexError: a class id out of range.
+
+    Example::
+
+        >>> logits = torch.tensor([[2.0, 0.0, float("-inf")], [0.0, 1.0, 0.0]])
+        >>> cross_entropy(logits, torch.tensor([0, 1]), label_smoothing=0.1)
+        tensor(0.4225)
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{reduction} is not a valid value for reduction")
+    if not input.is_floating_point():
+        raise RuntimeError(f"input must be floating point, got {input.dtype}")
+    if input.dim() == 0:
+        raise ValueError("input must have a class dimension, got a scalar")
+    dim = min(input.dim() - 1, 1)
+    num_classes = input.shape[dim]
+    positions = input.shape[:dim] + input.shape[dim + 1 :]
+    _check_smoothing("label_smoothing", label_smoothing)
+    prior = _check_prior(prior, num_classes)
+    if weight is not None and weight.shape != (num_classes,):
+        raise RuntimeError(
+            f"weight must be defined for all {num_classes} classes, got shape {tuple(weight.shape)}"
+        )
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != positions):
+        raise ValueError(
+            f"mask must be bool of shape {tuple(positions)}, got {mask.dtype} {tuple(mask.shape)}"
+        )
+    soft = target.is_floating_point()
+    expected = input.shape if soft else positions
+    if target.shape != expected or target.is_complex() or target.dtype == torch.bool:
+        raise ValueError(
+            f"target must be class ids of shape {tuple(positions)} or distributions of shape "
+            f"{tuple(input.shape)}, got {target.dtype} {tuple(target.shape)}"
+        )
+    if soft and ignore_index >= 0:
+        raise RuntimeError(
+            f"ignore_index is not supported for floating point target, got {ignore_index}; use mask"
+        )
+    keep = mask
+    if not soft:
+        target = target.long()
+        kept = target != ignore_index
+        keep = kept if mask is None else kept & mask
+        if check_targets or target.device.type == "cpu":
+            _check_ids(target, num_classes, keep)
+    elif check_targets:
+        _check_distributions(target, dim, keep)
+    loss = cross_entropy_reference(
+        input, target, weight, label_smoothing, prior, keep, reduction, torch_mean
+    )
+    return loss if torch.is_autocast_enabled(input.device.type) else loss.to(input.dtype)
+
+
+def cross_entropy_reference(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    prior: Tensor | None,
+    keep: Tensor | None,
+    reduction: str,
+    torch_mean: bool,
+) -> Tensor:
+    """The definition, in plain PyTorch, of checked arguments; in float32 or better.
+
+    ``keep`` is the mask of the positions that count (``None``: all of them).
+    """
+    dim = min(input.dim() - 1, 1)
+    num_classes = input.shape[dim]
+    along = [num_classes if d == dim else 1 for d in range(input.dim())]
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    soft = target.is_floating_point()
+
+    logits = input.to(dtype)
+    if keep is not None:
+        logits = logits.masked_fill(~keep.unsqueeze(dim), 0)
+        if soft:
+            target = target.masked_fill(~keep.unsqueeze(dim), 0)
+        else:
+            target = target.masked_fill(~keep, 0)
+    log_p = logits.log_softmax(dim)
+    w = None if weight is None else weight.to(dtype)
+
+    # Each part of the target is its coefficients c = w t', summed over the classes into a mass and
+    # a loss.
+    def part(c: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        return c.sum(dim), -(c * log_p.masked_fill(c == 0, 0)).sum(dim)
+
+    if soft:
+        t = target.to(dtype)
+        mass, loss = part(t if w is None else t * w.view(along), log_p)
+    else:
+        ids = target.unsqueeze(dim)
+        c = torch.ones_like(ids, dtype=dtype) if w is None else w[ids]
+        mass, loss = part(c, log_p.gather(dim, ids))
+    hard_mass = mass
+    if label_smoothing > 0:
+        u = (
+            logits.new_full(along, 1 / num_classes)
+            if prior is None
+            else prior.to(dtype).view(along)
+        )
+        u = u * (logits != -torch.inf)
+        u = u / u.sum(dim, keepdim=True)
+        smooth_mass, smooth_loss = part(u if w is None else u * w.view(along), log_p)
+        if label_smoothing < 1:
+            mass = (1 - label_smoothing) * mass + label_smoothing * smooth_mass
+            loss = (1 - label_smoothing) * loss + label_smoothing * smooth_loss
+        else:
+            mass, loss = smooth_mass, smooth_loss
+    if keep is not None:
+        loss = loss.masked_fill(~keep, 0)
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    if w is None or (torch_mean and soft):
+        mass = torch.ones_like(mass)
+    elif torch_mean:
+        mass = hard_mass
+    total = (mass if keep is None else mass.masked_fill(~keep, 0)).sum()
+    return loss.sum() / (total if torch_mean else torch.where(total == 0, 1, total))
+
+
+class LabelSmoothingCrossEntropy(nn.Module):
+    r"""`cross_entropy` with label smoothing as a module.
+
+    Args:
+        smoothing: :math:`\varepsilon`, in [0, 1].
+        weight: weight of each class, shape (K,); a buffer, as in ``nn.CrossEntropyLoss``.
+        ignore_index: class id of positions that contribute nothing.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Shapes are those of `cross_entropy`; ``forward(input, target, mask=None)``.
+
+    Example::
+
+        >>> criterion = LabelSmoothingCrossEntropy(0.1)
+        >>> criterion(torch.zeros(2, 4), torch.tensor([0, 3]))
+        tensor(1.3863)
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        smoothing: float = 0.1,
+        *,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        _check_smoothing("smoothing", smoothing)
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"{reduction} is not a valid value for reduction")
+        self.smoothing = smoothing
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.register_buffer("weight", weight)
+
+    def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        return cross_entropy(
+            input,
+            target,
+            weight=self.weight,
+            label_smoothing=self.smoothing,
+            ignore_index=self.ignore_index,
+            mask=mask,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        return f"smoothing={self.smoothing}, reduction={self.reduction!r}"
+
+
+def _check_smoothing(name: str, smoothing: float) -> None:
+    if not 0.0 <= smoothing <= 1.0:
+        raise ValueError(f"{name} must be between 0.0 and 1.0, got {smoothing}")
+
+
+def _check_prior(prior: Tensor | None, num_classes: int) -> Tensor | None:
+    if prior is not None and prior.shape != (num_classes,):
+        raise ValueError(
+            f"prior must be defined for all {num_classes} classes, got shape {tuple(prior.shape)}"
+        )
+    return prior
+
+
+def _check_ids(target: Tensor, num_classes: int, keep: Tensor | None) -> None:
+    # Neither a traced nor a batched value can be looked at; indexing still guards itself.
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return
+    wrong = (target < 0) | (target >= num_classes)
+    if keep is not None:
+        wrong &= keep
+    if wrong.any():
+        raise IndexError(
+            f"Target {target[wrong][0].item()} is out of bounds: expected 0 to {num_classes - 1}"
+        )
+
+
+def _check_distributions(target: Tensor, dim: int, keep: Tensor | None) -> None:
+    sums = target.detach().double().sum(dim)
+    wrong = ~((sums - 1).abs() <= 1e-3) | ~(target >= 0).all(dim)
+    if keep is not None:
+        wrong &= keep
+    if wrong.any():
+        raise ValueError(
+            "target must be distributions: nonnegative with sum 1 within 1e-3, "
+            f"got a sum of {sums[wrong][0].item():.6g}"
+        )

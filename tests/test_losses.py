@@ -1,0 +1,415 @@
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastnorm.losses import LabelSmoothingCrossEntropy, cross_entropy, smooth_labels
+
+INF = math.inf
+
+
+def by_hand(input, target, weight, smoothing, ignore, reduction, torch_mean=False, prior=None):
+    """The formula of the module, position by position, in float64 with gradients by autograd.
+
+    ``ignore`` is a function of the position's target. Returns the loss.
+    """
+    x = input.double()
+    if x.dim() > 1:
+        x = x.movedim(1, -1)
+    num_classes = x.shape[-1]
+    rows = x.reshape(-1, num_classes)
+    soft = target.is_floating_point()
+    if soft:
+        t = target.movedim(1, -1) if target.dim() > 1 else target
+        targets = list(t.reshape(-1, num_classes).double())
+    else:
+        targets = list(target.reshape(-1))
+    w = torch.ones(num_classes).double() if weight is None else weight.double()
+    losses, masses = [], []
+    for row, label in zip(rows, targets, strict=True):
+        if ignore(label):
+            losses.append(row.new_zeros(()))
+            masses.append(0.0)
+            continue
+        hard = label if soft else F.one_hot(label, num_classes).double()
+        u = torch.ones(num_classes).double() if prior is None else prior.double()
+        u = torch.where(row.detach() == -INF, 0.0, u)
+        t = (1 - smoothing) * hard + smoothing * u / u.sum()
+        log_p = row - row.logsumexp(0)
+        losses.append(-sum(w[k] * t[k] * log_p[k] for k in range(num_classes) if w[k] * t[k] != 0))
+        if torch_mean:
+            masses.append(1.0 if soft else float(w[label]))
+        else:
+            masses.append(1.0 if weight is None else float((w * t).sum()))
+    loss = torch.stack(losses)
+    if reduction == "none":
+        shape = (input.shape[:1] + input.shape[2:]) if input.dim() > 1 else ()
+        return loss.reshape(shape)
+    if reduction == "sum":
+        return loss.sum()
+    total = sum(masses)
+    return loss.sum() / (total if total != 0 or torch_mean else 1)
+
+
+def make(shape, kind, dtype=torch.float64, seed=0, ignore_index=None, classes=5):
+    generator = torch.Generator().manual_seed(seed)
+    input = (3 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+    positions = shape[:1] + shape[2:] if len(shape) > 1 else ()
+    if kind == "soft":
+        # Not normalized on purpose: nothing may renormalize it silently.
+        target = torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype)
+    else:
+        target = torch.randint(classes, positions, generator=generator)
+        if ignore_index is not None:
+            target[torch.rand(positions, generator=generator) < 0.3] = ignore_index
+    return input.requires_grad_(), target
+
+
+def gradient(loss, input, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    upstream = torch.randn(loss.shape, generator=generator, dtype=torch.float64).to(loss.dtype)
+    return torch.autograd.grad(loss, input, upstream)[0]
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (2, 5, 3, 2)])
+@pytest.mark.parametrize("kind", ["ids", "soft"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("ignore_index", [2, -7, None])
+def test_T7_grid(shape, kind, reduction, weighted, ignore_index):
+    for smoothing, torch_mean in itertools.product([0.0, 0.1, 1.0], [False, True]):
+        input, target = make(shape, kind, ignore_index=ignore_index)
+        weight = torch.tensor([0.3, 2.0, 0.7, 1.1, 0.05]).double() if weighted else None
+        options = {"weight": weight, "label_smoothing": smoothing, "reduction": reduction}
+        options |= {"torch_mean": torch_mean}
+        if kind == "ids":
+            number = -100 if ignore_index is None else ignore_index
+            options |= {"ignore_index": number}
+            ignore = lambda label, number=number: label == number  # noqa: E731
+        elif ignore_index is None:
+            ignore = lambda label: False  # noqa: E731
+        else:
+            # Torch refuses ignore_index with soft targets; a mask says the same.
+            first = target.select(1, 0)
+            mask = first < 0.7
+            if torch_mean and weighted:
+                continue
+            options |= {"mask": mask}
+            ignore = lambda label: not label[0] < 0.7  # noqa: E731
+        loss = cross_entropy(input, target, **options)
+        expected = by_hand(input, target, weight, smoothing, ignore, reduction, torch_mean)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            gradient(loss, input), gradient(expected, input), rtol=1e-12, atol=1e-12
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(7, 5), (2, 5, 3, 2), (5,), (3, 1), (4, 5, 1)])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_D1_D4_equals_torch(dtype, shape, reduction, smoothing):
+    """Class ids, per-pixel ones included; with weights where torch's rule is ours."""
+    classes = shape[min(len(shape) - 1, 1)]
+    for weighted in (False, True):
+        input, target = make(
+            shape, "ids", dtype, ignore_index=-100 if len(shape) > 1 else None, classes=classes
+        )
+        weight = torch.linspace(0.5, 2, classes).to(dtype) if weighted else None
+        options = {"weight": weight, "label_smoothing": smoothing, "reduction": reduction}
+        loss = cross_entropy(input, target, **options, torch_mean=True)
+        assert loss.dtype == dtype
+        x64 = input.detach().double().requires_grad_()
+        w64 = None if weight is None else weight.double()
+        exact = F.cross_entropy(x64, target, w64, label_smoothing=smoothing, reduction=reduction)
+        ours, reference = gradient(loss, input), gradient(exact, x64)
+        # One rounding of the result, plus a float32 sum of at most a few dozen terms.
+        eps = torch.finfo(dtype).eps + 32 * torch.finfo(torch.float32).eps * (
+            dtype != torch.float64
+        )
+        for got, want in ((loss, exact), (ours, reference)):
+            tolerance = 2 * eps * (1 + want.abs().max().item())
+            assert (got.double() - want).abs().max().item() <= tolerance
+
+
+def test_D1_smooth_labels():
+    target = torch.tensor([[0, 3], [1, 1]])
+    for dim in (0, 1, 2, -1):
+        got = smooth_labels(target, 4, 0.2, dim=dim)
+        assert got.shape[dim] == 4 and torch.allclose(got.sum(dim), torch.ones(2, 2))
+        onehot = F.one_hot(target, 4).movedim(-1, dim)
+        assert torch.allclose(got, torch.where(onehot == 1, 0.8 + 0.05, 0.05))
+        assert torch.allclose(smooth_labels(onehot.float(), 4, 0.2, dim=dim), got)
+    others = smooth_labels(torch.tensor([2]), 10, 0.1, others_only=True)
+    assert others[0, 2] == pytest.approx(0.9) and others[0, 0] == pytest.approx(0.1 / 9)
+    prior = torch.tensor([0.5, 0.25, 0.25])
+    assert smooth_labels(torch.tensor(1), 3, 0.2, prior=prior).tolist() == pytest.approx(
+        [0.1, 0.85, 0.05]
+    )
+    assert smooth_labels(torch.tensor([1]), 3, 0.2, prior=prior, others_only=True)[
+        0
+    ].tolist() == pytest.approx([0.2 * 2 / 3, 0.8, 0.2 / 3])
+    binary = smooth_labels(torch.tensor([0.0, 1.0]), 2, 0.2, dim=None)
+    assert binary.tolist() == pytest.approx([0.1, 0.9])
+    assert smooth_labels(torch.tensor([0.0, 1.0]).double(), 2).dtype == torch.float64
+
+
+def test_smooth_labels_feed_cross_entropy():
+    input, target = make((6, 5), "ids")
+    prior = torch.tensor([0.1, 0.2, 0.3, 0.15, 0.25]).double()
+    dense = smooth_labels(F.one_hot(target, 5).double(), 5, 0.3, prior=prior)
+    torch.testing.assert_close(
+        cross_entropy(input, dense), cross_entropy(input, target, label_smoothing=0.3, prior=prior)
+    )
+
+
+def test_D2_optimal_logit_gap():
+    logits = torch.zeros(1, 10, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([3])
+    optimizer = torch.optim.LBFGS([logits], max_iter=100, tolerance_grad=1e-14)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = cross_entropy(logits, target, label_smoothing=0.1)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    gap = logits[0, 3] - logits[0, 0]
+    assert gap.item() == pytest.approx(math.log(10 * 0.9 / 0.1 + 1), abs=1e-5)
+    assert math.log(91) == pytest.approx(4.51086, abs=1e-5)
+
+
+def test_A4_soft_targets_are_not_normalized():
+    torch.manual_seed(0)
+    logits, target = torch.randn(10).double(), torch.rand(10).double()
+    assert target.sum() > 2
+    expected = -(target * logits.log_softmax(0)).sum()
+    torch.testing.assert_close(cross_entropy(logits, target), expected)
+    with pytest.raises(ValueError, match="sum 1 within 1e-3, got a sum of"):
+        cross_entropy(logits, target, check_targets=True)
+    cross_entropy(logits, target / target.sum(), check_targets=True)
+    with pytest.raises(ValueError, match="nonnegative"):
+        cross_entropy(torch.zeros(2), torch.tensor([1.5, -0.5]), check_targets=True)
+    with pytest.raises(ValueError, match="sum 1"):
+        cross_entropy(torch.zeros(2), torch.tensor([math.nan, 0.5]), check_targets=True)
+    masked = torch.tensor([[0.5, 0.5], [3.0, 3.0]])
+    cross_entropy(torch.zeros(2, 2), masked, check_targets=True, mask=torch.tensor([True, False]))
+
+
+@pytest.mark.parametrize("kind", ["ids", "soft"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("given_prior", [False, True])
+def test_masked_logits_stay_finite(kind, weighted, reduction, given_prior):
+    torch.manual_seed(0)
+    base, target = make((6, 5), kind)
+    allowed = torch.rand(6, 5) > 0.4
+    allowed[0] = torch.tensor([False, True, False, False, False])
+    if kind == "ids":
+        target = allowed.double().multinomial(1)[:, 0]
+    else:
+        target = (target * allowed).detach()
+    input = base.detach().masked_fill(~allowed, -INF).requires_grad_()
+    weight = torch.tensor([0.3, 2.0, 0.7, 1.1, 0.05]).double() if weighted else None
+    prior = torch.tensor([0.1, 0.2, 0.3, 0.15, 0.25]).double() if given_prior else None
+    for smoothing in (0.0, 0.1, 1.0):
+        loss = cross_entropy(
+            input,
+            target,
+            weight=weight,
+            label_smoothing=smoothing,
+            prior=prior,
+            reduction=reduction,
+        )
+        expected = by_hand(
+            input, target, weight, smoothing, lambda label: False, reduction, prior=prior
+        )
+        assert loss.isfinite().all()
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+        grad = gradient(loss, input)
+        assert grad.isfinite().all() and not grad[~allowed].any()
+        # The same as leaving the masked classes out, row by row.
+        reduced = []
+        for row, ok, label in zip(base.detach(), allowed, target, strict=True):
+            new = label[ok] if kind == "soft" else ok[:label].sum()
+            w = None if weight is None else weight[ok]
+            p = None if prior is None else prior[ok] / prior[ok].sum()
+            reduced.append(
+                cross_entropy(
+                    row[ok], new, weight=w, label_smoothing=smoothing, prior=p, reduction="sum"
+                )
+            )
+        if reduction == "none":
+            torch.testing.assert_close(loss, torch.stack(reduced))
+
+
+def test_a_target_on_a_masked_class_is_infinitely_wrong():
+    logits = torch.tensor([[0.0, -INF]])
+    assert cross_entropy(logits, torch.tensor([1]), label_smoothing=0.1) == INF
+    assert cross_entropy(logits, torch.tensor([1]), label_smoothing=1.0) == 0
+    assert cross_entropy(logits, torch.tensor([[0.5, 0.5]])) == INF
+    assert cross_entropy(torch.full((1, 2), -INF), torch.tensor([1])).isnan()
+
+
+@pytest.mark.parametrize("kind", ["ids", "soft"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_T7_nothing_left_is_zero_with_zero_gradient(kind, smoothing, weighted):
+    input, target = make((4, 5), kind)
+    with torch.no_grad():
+        input[1] = math.nan
+        input[2] = -INF
+    weight = torch.rand(5).double() if weighted else None
+    options = {
+        "label_smoothing": smoothing,
+        "weight": weight,
+        "mask": torch.zeros(4, dtype=torch.bool),
+    }
+    for reduction in ("mean", "sum", "none"):
+        loss = cross_entropy(input, target, reduction=reduction, **options)
+        assert not loss.any() and not gradient(loss, input).any()
+    if kind == "ids":
+        all_ignored = torch.full((4,), -100)
+        assert cross_entropy(input, all_ignored, label_smoothing=smoothing) == 0
+        assert cross_entropy(input, all_ignored, torch_mean=True, weight=weight).isnan()
+    assert cross_entropy(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)) == 0
+
+
+def test_ignored_positions_are_not_read():
+    input, target = make((4, 5), "ids")
+    clean = cross_entropy(input[:2], target[:2], label_smoothing=0.1)
+    with torch.no_grad():
+        input[2] = math.nan
+        input[3] = INF
+    target[2:] = -100
+    loss = cross_entropy(input, target, label_smoothing=0.1)
+    torch.testing.assert_close(loss, clean)
+    grad = gradient(loss, input)
+    assert grad.isfinite().all() and not grad[2:].any()
+
+
+def test_weighted_mean_is_one_rule_for_ids_and_distributions():
+    input, target = make((7, 5), "ids")
+    weight = torch.tensor([0.3, 2.0, 0.7, 1.1, 0.05]).double()
+    onehot = F.one_hot(target, 5).double()
+    for smoothing in (0.0, 0.2):
+        ids = cross_entropy(input, target, weight=weight, label_smoothing=smoothing)
+        dense = cross_entropy(input, onehot, weight=weight, label_smoothing=smoothing)
+        torch.testing.assert_close(ids, dense)
+    torch.testing.assert_close(
+        cross_entropy(input, target, weight=weight), F.cross_entropy(input, target, weight)
+    )
+    for torch_target in (target, onehot):
+        torch.testing.assert_close(
+            cross_entropy(input, torch_target, weight=weight, label_smoothing=0.2, torch_mean=True),
+            F.cross_entropy(input, torch_target, weight, label_smoothing=0.2),
+        )
+    zero = torch.zeros(5).double()
+    loss = cross_entropy(input, target, weight=zero)
+    assert loss == 0 and not gradient(loss, input).any()
+
+
+@pytest.mark.parametrize("kind", ["ids", "soft"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("upstream", [1.0, 2.5])
+def test_gradgradcheck(kind, reduction, upstream):
+    input, target = make((3, 4), kind, classes=4)
+    weight = torch.tensor([0.3, 2.0, 0.7, 1.1]).double()
+
+    def fn(x):
+        loss = cross_entropy(x, target, weight=weight, label_smoothing=0.1, reduction=reduction)
+        return upstream * loss
+
+    assert torch.autograd.gradcheck(fn, input)
+    assert torch.autograd.gradgradcheck(fn, input)
+
+
+def test_gradient_reaches_soft_targets_and_prior():
+    input, target = make((3, 4), "soft")
+    prior = torch.rand(4).double().requires_grad_()
+    target.requires_grad_()
+
+    def fn(x, t, u):
+        return cross_entropy(x, t, label_smoothing=0.2, prior=u)
+
+    assert torch.autograd.gradcheck(fn, (input, target, prior))
+
+
+def test_function_transforms():
+    input, target = make((6, 5), "ids")
+    x = input.detach()
+
+    def fn(x, t):
+        return cross_entropy(x, t, label_smoothing=0.1)
+
+    torch.testing.assert_close(
+        torch.func.grad(fn)(x, target),
+        torch.func.grad(F.cross_entropy)(x, target) * 0.9 + 0.1 * (x.softmax(-1) - 0.2) / 6,
+    )
+    rows = torch.vmap(fn)(x, target)
+    torch.testing.assert_close(rows.mean(), fn(x, target))
+    _, tangent = torch.func.jvp(lambda x: fn(x, target), (x,), (torch.ones_like(x),))
+    assert tangent.abs() < 1e-12
+
+
+def test_autocast_computes_in_float32():
+    input, target = make((6, 5), "ids", torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = cross_entropy(input, target, label_smoothing=0.1)
+        expected = F.cross_entropy(input, target, label_smoothing=0.1)
+    assert loss.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(loss, expected)
+
+
+def test_module():
+    input, target = make((6, 5), "ids", torch.float32)
+    weight = torch.rand(5)
+    module = LabelSmoothingCrossEntropy(0.2, weight=weight, ignore_index=1)
+    expected = cross_entropy(input, target, weight=weight, label_smoothing=0.2, ignore_index=1)
+    assert torch.equal(module(input, target), expected)
+    assert list(module.state_dict()) == list(nn.CrossEntropyLoss(weight).state_dict())
+    assert repr(module) == "LabelSmoothingCrossEntropy(smoothing=0.2, reduction='mean')"
+    mask = torch.tensor([True] * 3 + [False] * 3)
+    assert torch.equal(module(input, target, mask), module(input[:3], target[:3]))
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "error", "text"),
+    [
+        ([0, 4, 1], {}, IndexError, "Target 4 is out of bounds: expected 0 to 3"),
+        ([0, -1, 1], {}, IndexError, "Target -1 is out of bounds"),
+        ([0, 1], {}, ValueError, r"shape \(3,\) or distributions of shape \(3, 4\)"),
+        ([True] * 3, {}, ValueError, "torch.bool"),
+        ([0, 1, 2], {"label_smoothing": 1.5}, ValueError, "label_smoothing must be between"),
+        ([0, 1, 2], {"label_smoothing": math.nan}, ValueError, "label_smoothing"),
+        ([0, 1, 2], {"reduction": "max"}, ValueError, "max is not a valid value"),
+        ([0, 1, 2], {"weight": torch.ones(3)}, RuntimeError, r"all 4 classes, got shape \(3,\)"),
+        ([0, 1, 2], {"prior": torch.ones(3)}, ValueError, "prior must be defined for all 4"),
+        ([0, 1, 2], {"mask": torch.ones(3)}, ValueError, r"mask must be bool of shape \(3,\)"),
+        ([[0.1] * 4] * 3, {"ignore_index": 0}, RuntimeError, "use mask"),
+    ],
+)
+def test_bad_arguments(target, options, error, text):
+    with pytest.raises(error, match=text):
+        cross_entropy(torch.zeros(3, 4), torch.tensor(target), **options)
+
+
+def test_bad_arguments_elsewhere():
+    with pytest.raises(RuntimeError, match="floating point"):
+        cross_entropy(torch.zeros(3, 4, dtype=torch.long), torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match="smoothing must be between"):
+        LabelSmoothingCrossEntropy(-0.1)
+    with pytest.raises(ValueError, match="valid value"):
+        LabelSmoothingCrossEntropy(reduction="average")
+    with pytest.raises(ValueError, match="num_classes must be at least 2, got 1"):
+        smooth_labels(torch.tensor([0]), 1, others_only=True)
+    with pytest.raises(IndexError, match="Target 3"):
+        smooth_labels(torch.tensor([3]), 3)
+    with pytest.raises(ValueError, match="4 classes in dim 1"):
+        smooth_labels(torch.zeros(2, 3), 4)
+    with pytest.raises(ValueError, match="num_classes=2"):
+        smooth_labels(torch.zeros(2), 3, dim=None)
