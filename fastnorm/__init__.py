@@ -1,3 +1,17 @@
 """fastnorm: fused normalization and dropout for PyTorch."""
 
 __version__ = "0.1.0"
+
+from fastnorm.losses import LabelSmoothingCrossEntropy, cross_entropy, smooth_labels
+from fastnorm.stopping import EarlyStopping, GapReport, LRFindResult, lr_find, overfitting_gap
+
+__all__ = [
+    "EarlyStopping",
+    "GapReport",
+    "LRFindResult",
+    "LabelSmoothingCrossEntropy",
+    "cross_entropy",
+    "lr_find",
+    "overfitting_gap",
+    "smooth_labels",
+]
