@@ -17,6 +17,7 @@ import re
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -86,16 +87,16 @@ def cache_dir() -> Path:
 
 
 def _temporary_dir() -> Path:
-    """A folder that only this user can write to: what lies in it is loaded as code."""
-    owner = os.getuid() if hasattr(os, "getuid") else 0
-    folder = Path(tempfile.gettempdir()) / f"fastnorm-{owner}"
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    facts = folder.lstat()
-    if not folder.is_dir() or folder.is_symlink() or facts.st_uid != owner or facts.st_mode & 0o022:
-        folder = Path(tempfile.mkdtemp(prefix="fastnorm-"))
-        _say_once(f"using {folder}, which no later process finds")
-    return folder
+    return Path(tempfile.gettempdir()) / f"fastnorm-{os.getuid()}"
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether only this user can write to `folder`: what lies in it is loaded as code."""
+    try:
+        facts = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o022
 
 
 def _cannot_write(folder: Path) -> str | None:
@@ -113,22 +114,21 @@ def _writable_dir() -> Path:
     if why is None:
         return folder
     instead = _temporary_dir()
-    _say_once(
-        f"cannot write to the cache folder {folder} ({why}); keeping the kernels in {instead}"
-    )
+    with contextlib.suppress(FileExistsError):
+        instead.mkdir(mode=0o700)
+    if not _is_private(instead):
+        instead = Path(tempfile.mkdtemp(prefix="fastnorm-"))
+    _say_once(f"cannot write to the cache folder {folder} ({why}); the kernels go to {instead}")
     return instead
 
 
 def _find_built(plan: Plan) -> Path | None:
     """The folder of a finished library, in the cache (which may be read-only) or its substitute."""
-    folder = cache_dir() / plan.folder
-    with contextlib.suppress(OSError):
-        if (folder / plan.library).exists():
-            return folder
-    if _cannot_write(cache_dir()) is not None:
-        folder = _temporary_dir() / plan.folder
-        if (folder / plan.library).exists():
-            return folder
+    for root in (cache_dir(), _temporary_dir()):
+        folder = root / plan.folder
+        with contextlib.suppress(OSError):
+            if (folder / plan.library).exists() and (root == cache_dir() or _is_private(root)):
+                return folder
     return None
 
 
@@ -293,6 +293,7 @@ def _run_jobs(
 def _compile(plan: Plan, folder: Path, verbose: bool = False) -> None:
     """Compile `plan` into `folder`: the library and ``built.json``, its facts."""
     jobs = job_count()
+    folder = folder.absolute()  # the compilers run in it
     by_size = sorted(plan.sources, key=lambda path: -path.stat().st_size)
     objects = {path.name: folder / f"{path.name}.o" for path in by_size}
     compile_commands = {

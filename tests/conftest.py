@@ -1,0 +1,63 @@
+"""What every test starts from: a seed, the thread count and the backend as they were."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tiny_sources import write_sources
+
+from fastnorm import _build, _toolchain
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One thread for each worker: two workers with all threads each only wait for one another. Tests
+    # about threads set their number themselves.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device is visible")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    backend = _build._backend
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    if _build._backend != backend:
+        _build._set_backend(backend)
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """A process that has loaded nothing, with tiny sources and an empty cache folder."""
+    for name in ("CXX", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "NVCC_CCBIN", "MAX_JOBS"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("FASTNORM_BACKEND", "FASTNORM_BUILD_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FASTNORM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(_toolchain, "SOURCES", write_sources(tmp_path / "csrc"))
+    monkeypatch.setattr(_build, "PREBUILT", tmp_path / "prebuilt")
+    monkeypatch.setattr(_build, "_states", {name: _build._State() for name in _build.DEVICES})
+    monkeypatch.setattr(_build, "_backend", None)
+    monkeypatch.setattr(_build, "module", None)
+    monkeypatch.setattr(_build, "cuda_loaded", False)
+    monkeypatch.setattr(_build, "_noticed", set())
+    return tmp_path
+
+
+@pytest.fixture
+def cuda_torch(fresh, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0+PTX")
+    return fresh
