@@ -125,6 +125,8 @@ class Library:
         self.lib = ctypes.CDLL(str(path))
         self.lib.simt_last_error.restype = ctypes.c_char_p
         self.lib.simt_report.restype = ctypes.c_char_p
+        self._counting = False
+        self._report: dict[str, Any] = {}
 
     @contextlib.contextmanager
     def order(self, name: str, seed: int | None = None) -> Iterator[None]:
@@ -140,15 +142,16 @@ class Library:
     def counting(self) -> Iterator[None]:
         """Counts bytes and requests of the launches inside; read them with report()."""
         self.lib.simt_set_counting(1)
+        self._counting = True
         try:
             yield
         finally:
             self.lib.simt_set_counting(0)
+            self._counting = False
 
     def report(self) -> dict[str, Any]:
-        """Counters of the last launch (state.h, memory.cpp)."""
-        result: dict[str, Any] = json.loads(self.lib.simt_report())
-        return result
+        """Counters of the last counted call (memory.cpp); of its last kernel if it has several."""
+        return self._report
 
     @contextlib.contextmanager
     def buffers(
@@ -185,6 +188,8 @@ class Library:
         ]
         if getattr(self.lib, entry)(*converted):
             raise SimtError(self.lib.simt_last_error().decode())
+        if self._counting:
+            self._report = json.loads(self.lib.simt_report())
 
 
 @functools.cache

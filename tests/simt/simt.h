@@ -79,6 +79,8 @@ inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
+using cudaStream_t = struct CUstream_st*;
+
 namespace simt {
 
 struct Block;

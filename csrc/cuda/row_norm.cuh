@@ -1,0 +1,510 @@
+// Row geometry, forward: one statistic per contiguous row of N elements (layer and RMS norm over
+// trailing dimensions, group and instance norm of contiguous tensors).
+//
+//   mean = sum(x) / N        var = sum((x - mean)^2) / N       (MeanSquare: sum(x^2) / N)
+//   y = dropout(activation((x - mean) / sqrt(var + eps) * (weight + offset) + bias + residual))
+//   prologue: s = residual + dropout(x) takes the place of x, is stored, and its stored (rounded)
+//   value is normalized, so that the backward pass finds what the forward pass used.
+//
+// Resident: the row is read once, all loads before the first sum, and the variance is a second
+// pass over what is on chip: registers (`items` packs of `width` elements per thread), or shared
+// memory for the longest rows. By row length alone, a row gets a part of a warp, a warp, a block,
+// or a cluster whose blocks add their sums through distributed shared memory. Bytes of DRAM: one
+// read of x (and residual), one write of y (and s): 2 E b, with the prologue 4 E b.
+//
+// Streaming: rows that no cluster can hold are read twice. Each thread keeps count, mean and
+// squared deviations of its elements, chunk by chunk, and the threads' moments are merged at the
+// end.
+//
+// The thread that owns an element depends on its column alone, so a row has the same bits in any
+// batch. Where N or a pointer doesn't allow 16-byte packs the width is one element: a head and a
+// tail around 16-byte packs would give the columns other owners in every row, and neighbouring
+// lanes still touch neighbouring addresses, so that DRAM moves the same bytes.
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+
+#include "common/stats.h"
+#include "cuda/elementwise.cuh"
+#include "cuda/norm_cuda.h"
+#include "cuda/reduce.cuh"
+
+namespace fastnorm::cuda {
+
+// How a row is shared out. Threads of a row: `lanes` in each of `cluster` blocks; below 32 lanes a
+// block holds several rows.
+struct RowShape {
+  int lanes;
+  int cluster;
+};
+
+inline constexpr int kSmallThreads = 128;  // of a block whose rows have a warp or less
+inline constexpr int kRowThreads = 512;    // the most a row gets in one block
+inline constexpr int kRowCluster = 8;
+inline constexpr int kRowItems = 4;    // packs per thread in registers, or per step of a loop
+inline constexpr int kShortItems = 4;  // elements per thread of short rows without packs
+
+// Two sums in a row need scratch of their own.
+inline constexpr int kRowScratch = 2 * (kMaxWarps + kMaxCluster);
+
+// Sum over the threads of a row; valid in all of them.
+template <int k, typename A>
+FASTNORM_DEVICE void row_sum(A (&v)[k], const RowShape& shape, A* scratch) {
+  if (shape.lanes <= 32) {
+    warp_sum(v, shape.lanes);
+  } else if (shape.cluster == 1) {
+    block_sum(v, scratch);
+  } else {
+    cluster_sum(v, scratch);
+  }
+}
+
+// This thread's row and its first pack in it.
+struct RowThread {
+  int64_t row, rows;
+  int lane, step;  // packs lane, lane + step, lane + 2 step, ... of the row
+  bool first;      // the thread that stores the row's statistics
+
+  static FASTNORM_DEVICE RowThread of(const View& view, const RowShape& shape) {
+    RowThread t;
+    t.rows = view.statistics();
+    const int thread = static_cast<int>(threadIdx.x);
+    if (shape.lanes < 32) {
+      const int rows_per_block = static_cast<int>(blockDim.x) / shape.lanes;
+      t.row = static_cast<int64_t>(blockIdx.x) * rows_per_block + thread / shape.lanes;
+      t.lane = thread % shape.lanes;
+      t.step = shape.lanes;
+    } else if (shape.lanes == 32) {
+      t.row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + thread / 32;
+      t.lane = thread % 32;
+      t.step = 32;
+    } else {
+      t.row = blockIdx.x / shape.cluster;
+      t.lane = (shape.cluster == 1 ? 0 : cluster_rank() * shape.lanes) + thread;
+      t.step = shape.lanes * shape.cluster;
+    }
+    t.first = t.lane == 0;
+    return t;
+  }
+};
+
+// s = residual + dropout(x) of one pack, rounded to T as it is stored.
+template <typename T, int n>
+FASTNORM_DEVICE Pack<T, n> add_dropped(const Pack<T, n>& x, const Pack<T, n>& residual,
+                                       const Drop<Accumulate<T>>& drop, int64_t index) {
+  Accumulate<T> v[n], r[n];
+  widen(x, v);
+  widen(residual, r);
+  drop.apply(v, index);
+#pragma unroll
+  for (int e = 0; e < n; ++e) v[e] += r[e];
+  return narrow<T>(v);
+}
+
+// What follows the statistics, for the pack at columns j .. j+n-1: v holds x on entry.
+template <typename T, int n>
+FASTNORM_DEVICE Pack<T, n> normalize_pack(const NormForward<T>& p, const Pack<T, n>& x,
+                                          Accumulate<T> mean, Accumulate<T> rstd,
+                                          const Accumulate<T> (&weight)[n],
+                                          const Accumulate<T> (&bias)[n], bool add,
+                                          const Pack<T, n>& residual,
+                                          const Drop<Accumulate<T>>& drop, int64_t index) {
+  using A = Accumulate<T>;
+  A v[n];
+  widen(x, v);
+#pragma unroll
+  for (int e = 0; e < n; ++e) v[e] = (v[e] - mean) * rstd * weight[e] + bias[e];
+  if (!p.config.prologue) {
+    if (add) {
+      A r[n];
+      widen(residual, r);
+#pragma unroll
+      for (int e = 0; e < n; ++e) v[e] += r[e];
+    }
+    activate(v, p.config.activation);
+    drop.apply(v, index);
+  }
+  return narrow<T>(v);
+}
+
+// Weight with its offset, and bias, of columns j .. j+n-1.
+template <typename T, int n>
+FASTNORM_DEVICE void load_affine(const Parameter& weight, const Parameter& bias, double offset,
+                                 const Channels& channels, int64_t j, Accumulate<T> (&w)[n],
+                                 Accumulate<T> (&b)[n]) {
+  using A = Accumulate<T>;
+  load_channels<T>(weight, channels, j, A(1), w);
+  load_channels<T>(bias, channels, j, A(0), b);
+  if (weight.data != nullptr) {
+#pragma unroll
+    for (int e = 0; e < n; ++e) w[e] += static_cast<A>(offset);
+  }
+}
+
+template <typename T, int width, int items, int threads>
+__global__ __launch_bounds__(threads) void row_norm_fwd_kernel(NormForward<T> p, RowShape shape) {
+  using A = Accumulate<T>;
+  const int64_t size = p.config.view.reduce_inner;
+  A* scratch = reinterpret_cast<A*>(dynamic_shared());
+  if (shape.cluster > 1) cluster_arrive();
+  const RowThread t = RowThread::of(p.config.view, shape);
+  const int64_t base = t.row * size;
+  const int packs = t.row < t.rows ? static_cast<int>(size / width) : 0;
+  const bool centered = p.config.statistic == Statistic::MeanVar;
+  const Drop<A> drop = Drop<A>::of(p.config.dropout);
+  const Channels channels = Channels::of_row(p.config.view, t.row);
+
+  // Registers allow the residual and the parameters to be on their way during the sums only for
+  // short rows; longer ones read them at the end, when other blocks hide the latency.
+  constexpr bool kEarly = items * width * sizeof(A) <= 64;
+  Pack<T, width> x[items], residual[kEarly ? items : 1] = {};
+  A weight[kEarly ? items : 1][width], bias[kEarly ? items : 1][width];
+#pragma unroll
+  for (int i = 0; i < items; ++i) {
+    const int k = t.lane + i * t.step;
+    x[i] = Pack<T, width>{};
+    if (k < packs) x[i] = load_streaming<width>(p.x + base + k * int64_t{width});
+  }
+  if constexpr (kEarly) {
+#pragma unroll
+    for (int i = 0; i < items; ++i) {
+      const int k = t.lane + i * t.step;
+      if (k >= packs) continue;
+      if (p.residual != nullptr) {
+        residual[i] = load_streaming<width>(p.residual + base + k * int64_t{width});
+      }
+      load_affine<T>(p.weight, p.bias, p.config.weight_offset, channels, k * int64_t{width},
+                     weight[i], bias[i]);
+    }
+  }
+  if (p.config.prologue) {
+#pragma unroll
+    for (int i = 0; i < items; ++i) {
+      const int k = t.lane + i * t.step;
+      if (k >= packs) continue;
+      const int64_t index = base + k * int64_t{width};
+      if constexpr (!kEarly) residual[0] = load_streaming<width>(p.residual + index);
+      x[i] = add_dropped(x[i], residual[kEarly ? i : 0], drop, index);
+      store(p.sum + index, x[i]);
+    }
+  }
+
+  A mean = 0, var;
+  if (p.config.frozen) {
+    if (centered && packs > 0) mean = load(p.mean + t.row);
+    var = packs > 0 ? load(p.var + t.row) : A(0);
+    if (shape.cluster > 1) cluster_wait();
+  } else {
+    if (shape.cluster > 1) cluster_wait();
+    if (centered) {
+      A sum[1] = {0};
+#pragma unroll
+      for (int i = 0; i < items; ++i) {
+#pragma unroll
+        for (int e = 0; e < width; ++e) sum[0] += widen(x[i].v[e]);
+      }
+      row_sum(sum, shape, scratch);
+      mean = sum[0] / static_cast<A>(size);
+    }
+    A squares[1] = {0};
+#pragma unroll
+    for (int i = 0; i < items; ++i) {
+      if (t.lane + i * t.step < packs) {
+#pragma unroll
+        for (int e = 0; e < width; ++e) {
+          const A d = widen(x[i].v[e]) - mean;
+          squares[0] += d * d;
+        }
+      }
+    }
+    row_sum(squares, shape, scratch + kMaxWarps + kMaxCluster);
+    var = squares[0] / static_cast<A>(size);
+    if (t.first && packs > 0) {
+      if (centered) store(p.mean + t.row, mean);
+      store(p.var + t.row, var);
+    }
+  }
+  const A rstd = A(1) / sqrt(var + static_cast<A>(p.config.eps));
+
+#pragma unroll
+  for (int i = 0; i < items; ++i) {
+    const int k = t.lane + i * t.step;
+    if (k >= packs) continue;
+    const int64_t index = base + k * int64_t{width};
+    constexpr int kOne = 0;
+    if constexpr (!kEarly) {
+      if (p.residual != nullptr && !p.config.prologue) {
+        residual[kOne] = load_streaming<width>(p.residual + index);
+      }
+      load_affine<T>(p.weight, p.bias, p.config.weight_offset, channels, k * int64_t{width},
+                     weight[kOne], bias[kOne]);
+    }
+    const int slot = kEarly ? i : kOne;
+    store(p.y + index, normalize_pack(p, x[i], mean, rstd, weight[slot], bias[slot],
+                                      p.residual != nullptr, residual[slot], drop, index));
+  }
+}
+
+// The same with the block's part of the row in shared memory, where each thread keeps its packs.
+template <typename T, int width>
+__global__ __launch_bounds__(kRowThreads) void row_norm_fwd_staged_kernel(NormForward<T> p,
+                                                                          RowShape shape) {
+  using A = Accumulate<T>;
+  const int64_t size = p.config.view.reduce_inner;
+  A* scratch = reinterpret_cast<A*>(dynamic_shared());
+  // Packs of this thread follow each other at the distance of a block: no bank conflicts.
+  T* stage = reinterpret_cast<T*>(scratch + kRowScratch) + threadIdx.x * width;
+  const int distance = static_cast<int>(blockDim.x) * width;
+  if (shape.cluster > 1) cluster_arrive();
+  const RowThread t = RowThread::of(p.config.view, shape);
+  const int64_t base = t.row * size;
+  const int packs = static_cast<int>(size / width);
+  const int items = t.lane < packs ? (packs - t.lane + t.step - 1) / t.step : 0;
+  const bool centered = p.config.statistic == Statistic::MeanVar;
+  const Drop<A> drop = Drop<A>::of(p.config.dropout);
+  const Channels channels = Channels::of_row(p.config.view, t.row);
+  const int64_t first = base + int64_t{t.lane} * width, stride = int64_t{t.step} * width;
+
+  A sum[1] = {0};
+#pragma unroll 4
+  for (int i = 0; i < items; ++i) {
+    const int64_t index = first + i * stride;
+    Pack<T, width> x = load_streaming<width>(p.x + index);
+    if (p.config.prologue) {
+      x = add_dropped(x, load_streaming<width>(p.residual + index), drop, index);
+      store(p.sum + index, x);
+    }
+    shared_store(stage + i * distance, x);
+#pragma unroll
+    for (int e = 0; e < width; ++e) sum[0] += widen(x.v[e]);
+  }
+  if (shape.cluster > 1) cluster_wait();
+  A mean = 0, var;
+  if (p.config.frozen) {
+    if (centered) mean = load(p.mean + t.row);
+    var = load(p.var + t.row);
+  } else {
+    if (centered) {
+      row_sum(sum, shape, scratch);
+      mean = sum[0] / static_cast<A>(size);
+    }
+    A squares[1] = {0};
+#pragma unroll 4
+    for (int i = 0; i < items; ++i) {
+      const Pack<T, width> x = shared_load<width>(stage + i * distance);
+#pragma unroll
+      for (int e = 0; e < width; ++e) {
+        const A d = widen(x.v[e]) - mean;
+        squares[0] += d * d;
+      }
+    }
+    row_sum(squares, shape, scratch + kMaxWarps + kMaxCluster);
+    var = squares[0] / static_cast<A>(size);
+    if (t.first) {
+      if (centered) store(p.mean + t.row, mean);
+      store(p.var + t.row, var);
+    }
+  }
+  const A rstd = A(1) / sqrt(var + static_cast<A>(p.config.eps));
+  const bool add = p.residual != nullptr && !p.config.prologue;
+#pragma unroll 2
+  for (int i = 0; i < items; ++i) {
+    const int64_t index = first + i * stride;
+    A weight[width], bias[width];
+    load_affine<T>(p.weight, p.bias, p.config.weight_offset, channels, index - base, weight, bias);
+    Pack<T, width> residual{};
+    if (add) residual = load_streaming<width>(p.residual + index);
+    store(p.y + index, normalize_pack(p, shared_load<width>(stage + i * distance), mean, rstd,
+                                      weight, bias, add, residual, drop, index));
+  }
+}
+
+// Rows of any length; the row's blocks walk over it in chunks of kRowItems packs per thread.
+template <typename T, int width>
+__global__ __launch_bounds__(kRowThreads) void row_norm_fwd_streaming_kernel(NormForward<T> p,
+                                                                             RowShape shape) {
+  using A = Accumulate<T>;
+  constexpr int items = kRowItems;
+  const int64_t size = p.config.view.reduce_inner, packs = size / width;
+  A* scratch = reinterpret_cast<A*>(dynamic_shared());
+  if (shape.cluster > 1) cluster_arrive();
+  const RowThread t = RowThread::of(p.config.view, shape);
+  const int64_t base = t.row * size;
+  const bool centered = p.config.statistic == Statistic::MeanVar;
+  const Drop<A> drop = Drop<A>::of(p.config.dropout);
+  const Channels channels = Channels::of_row(p.config.view, t.row);
+  if (shape.cluster > 1) cluster_wait();
+
+  A mean = 0, var;
+  if (p.config.frozen && !p.config.prologue) {
+    if (centered) mean = load(p.mean + t.row);
+    var = load(p.var + t.row);
+  } else {
+    Moments<A> moments;
+    for (int64_t first = t.lane; first < packs; first += int64_t{items} * t.step) {
+      Pack<T, width> x[items];
+#pragma unroll
+      for (int i = 0; i < items; ++i) {
+        const int64_t k = first + int64_t{i} * t.step;
+        x[i] = Pack<T, width>{};
+        if (k < packs) x[i] = load<width>(p.x + base + k * width);
+      }
+      if (p.config.prologue) {
+#pragma unroll
+        for (int i = 0; i < items; ++i) {
+          const int64_t k = first + int64_t{i} * t.step;
+          if (k >= packs) continue;
+          const int64_t index = base + k * width;
+          x[i] = add_dropped(x[i], load_streaming<width>(p.residual + index), drop, index);
+          store(p.sum + index, x[i]);
+        }
+      }
+      const int64_t there = (packs - first + t.step - 1) / t.step;
+      Moments<A> chunk;
+      chunk.count = static_cast<A>((there < items ? there : items) * width);
+      if (centered) {
+#pragma unroll
+        for (int i = 0; i < items; ++i) {
+#pragma unroll
+          for (int e = 0; e < width; ++e) chunk.mean += widen(x[i].v[e]);
+        }
+        chunk.mean /= chunk.count;
+      }
+#pragma unroll
+      for (int i = 0; i < items; ++i) {
+        if (first + int64_t{i} * t.step < packs) {
+#pragma unroll
+          for (int e = 0; e < width; ++e) {
+            const A d = widen(x[i].v[e]) - chunk.mean;
+            chunk.m2 += d * d;
+          }
+        }
+      }
+      moments.merge(chunk);
+    }
+    // sum over threads of m2 + count (mean_thread - mean)^2, the mean being the merged one.
+    if (centered) {
+      A sum[1] = {moments.mean * moments.count};
+      row_sum(sum, shape, scratch);
+      mean = sum[0] / static_cast<A>(size);
+    }
+    const A delta = moments.mean - mean;
+    A squares[1] = {moments.m2 + moments.count * delta * delta};
+    row_sum(squares, shape, scratch + kMaxWarps + kMaxCluster);
+    var = squares[0] / static_cast<A>(size);
+    if (t.first) {
+      if (centered) store(p.mean + t.row, mean);
+      store(p.var + t.row, var);
+    }
+  }
+  const A rstd = A(1) / sqrt(var + static_cast<A>(p.config.eps));
+
+  for (int64_t k = t.lane; k < packs; k += t.step) {
+    const int64_t index = base + k * width;
+    A weight[width], bias[width];
+    load_affine<T>(p.weight, p.bias, p.config.weight_offset, channels, k * width, weight, bias);
+    Pack<T, width> residual{};
+    const bool add = p.residual != nullptr && !p.config.prologue;
+    if (add) residual = load_streaming<width>(p.residual + index);
+    // The sum was stored by this launch, by this very thread.
+    const Pack<T, width> x = p.config.prologue ? load_coherent<width>(p.sum + index)
+                                               : load_streaming<width>(p.x + index);
+    store(p.y + index, normalize_pack(p, x, mean, rstd, weight, bias, add, residual, drop, index));
+  }
+}
+
+// Whether every pack of `width` elements of these pointers is aligned.
+inline bool aligned_to_16(std::initializer_list<const void*> pointers) {
+  uintptr_t all = 0;
+  for (const void* pointer : pointers) all |= reinterpret_cast<uintptr_t>(pointer);
+  return all % 16 == 0;
+}
+
+// Lanes of a row of `packs` packs in a warp: the next power of two.
+inline int lanes_for(int64_t packs) {
+  int lanes = 1;
+  while (lanes < packs && lanes < 32) lanes *= 2;
+  return lanes;
+}
+
+// Threads of a block that holds `packs` packs, `items` per thread: whole warps.
+inline unsigned threads_for(int64_t packs, int items) {
+  return static_cast<unsigned>((packs + 32 * items - 1) / (32 * items) * 32);
+}
+
+// Blocks of one warp per row or less.
+inline LaunchShape launch_of_warps(int64_t rows, int lanes) {
+  const int64_t per_block = kSmallThreads / lanes;
+  return {static_cast<unsigned>((rows + per_block - 1) / per_block), kSmallThreads};
+}
+
+// The launch of a forward pass: by row length, 16-byte width and what the device has.
+// launch(name, LaunchShape, kernel, arguments...) starts it.
+template <int width, typename T, typename Launch>
+void row_norm_fwd_of_width(const NormForward<T>& p, const DeviceLimits& device, Launch&& launch) {
+  constexpr bool kPacks = width > 1;
+  constexpr int kShort = kPacks ? 1 : kShortItems;
+  constexpr size_t kScratchBytes = kRowScratch * sizeof(Accumulate<T>);
+  constexpr int64_t kBlock = int64_t{kRowThreads} * kRowItems;  // packs in registers
+  const int64_t rows = p.config.view.statistics();
+  const int64_t packs = p.config.view.reduce_inner / width;
+  const unsigned widest = device.clusters ? kRowCluster : 1;
+
+  if (packs <= 32 * kShort) {
+    const int lanes = lanes_for((packs + kShort - 1) / kShort);
+    launch("row_norm_fwd, part of a warp", launch_of_warps(rows, lanes),
+           row_norm_fwd_kernel<T, width, kShort, kSmallThreads>, p, RowShape{lanes, 1});
+    return;
+  }
+  if constexpr (kPacks) {
+    if (packs <= 32 * kRowItems) {
+      launch("row_norm_fwd, warp", launch_of_warps(rows, 32),
+             row_norm_fwd_kernel<T, width, kRowItems, kRowThreads>, p, RowShape{32, 1});
+      return;
+    }
+    if (packs <= widest * kBlock) {
+      unsigned cluster = 1;
+      while (packs > cluster * kBlock) cluster *= 2;
+      const unsigned threads = threads_for((packs + cluster - 1) / cluster, kRowItems);
+      launch(cluster == 1 ? "row_norm_fwd, block" : "row_norm_fwd, cluster",
+             LaunchShape{static_cast<unsigned>(rows) * cluster, threads, kScratchBytes, cluster},
+             row_norm_fwd_kernel<T, width, kRowItems, kRowThreads>, p,
+             RowShape{static_cast<int>(threads), static_cast<int>(cluster)});
+      return;
+    }
+  }
+  // A block's part of the row should leave room for a second block on the multiprocessor.
+  constexpr int64_t kComfortable = 32 * 1024 / static_cast<int64_t>(sizeof(T) * width);
+  unsigned cluster = 1;
+  while (packs > cluster * kComfortable && cluster < widest) cluster *= 2;
+  const int64_t per_block = (packs + cluster - 1) / cluster;
+  const unsigned threads =
+      std::min<unsigned>(kRowThreads, std::max(64u, threads_for(per_block, 8)));
+  const size_t shared = kScratchBytes + static_cast<size_t>((per_block + threads - 1) / threads) *
+                                            threads * sizeof(T) * width;
+  const RowShape shape{static_cast<int>(threads), static_cast<int>(cluster)};
+  const unsigned grid = static_cast<unsigned>(rows) * cluster;
+  if (shared <= device.max_shared) {
+    launch("row_norm_fwd, staged", LaunchShape{grid, threads, shared, cluster},
+           row_norm_fwd_staged_kernel<T, width>, p, shape);
+  } else {
+    launch("row_norm_fwd, streaming", LaunchShape{grid, threads, kScratchBytes, cluster},
+           row_norm_fwd_streaming_kernel<T, width>, p, shape);
+  }
+}
+
+template <typename T, typename Launch>
+void row_norm_fwd(const NormForward<T>& p, const DeviceLimits& device, Launch&& launch) {
+  if (p.config.view.numel() == 0) return;
+  constexpr int width = kPackSize<T>;
+  const bool packs = p.config.view.reduce_inner % width == 0 &&
+                     aligned_to_16({p.x, p.residual, p.weight.data, p.bias.data, p.y, p.sum});
+  if (packs) {
+    row_norm_fwd_of_width<width>(p, device, launch);
+  } else {
+    row_norm_fwd_of_width<1>(p, device, launch);
+  }
+}
+
+}  // namespace fastnorm::cuda
