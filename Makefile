@@ -11,14 +11,15 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.fastnorm-setup
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' \
 	'tests/simt/*.h' 'tests/simt/*.cpp' 'tests/simt/*.cuh')
-PYTEST_ARGS ?= -q
+# A file's tests stay in one process, so what they compile is compiled once.
+PYTEST_ARGS ?= -q -n 2 --dist loadfile
 
 .PHONY: help setup test lint format demo bench gpu clean-cache
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo         train on handwritten digits with torch.nn norms and with fastnorm"
-	@echo "make test         every test that needs no GPU (PYTEST_ARGS='-q -k layer' for some)"
+	@echo "make test         every test that needs no GPU (PYTEST_ARGS='-k layer' for some)"
 	@echo "make bench        the benchmark table on this machine's CPU"
 	@echo "make gpu          build, test and benchmark on this machine's CUDA GPU, with PYTHON's torch"
 	@echo "make lint         ruff, mypy and clang-format, changing nothing"

@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import torch
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fastnorm", description=__doc__)
@@ -46,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         report = _build.build(verbose=options.verbose, force=options.force, cuda=options.cuda)
+        with _build.use_backend("kernel"):
+            _build.load()  # a library that compiles but does not load is a failed build
+            if report.cuda is not None and torch.cuda.is_available():
+                _build.load_cuda()
     except _build.KernelUnavailable as error:
         print(f"fastnorm: {error}", file=sys.stderr)
         return 1

@@ -378,6 +378,13 @@ def _make(plan: Plan, verbose: bool = False, force: bool = False) -> Path:
     if folder is not None:
         return folder
     root = _writable_dir()
+    try:
+        return _make_in(root, plan, verbose, force)
+    except OSError as error:
+        raise KernelUnavailable(f"cannot keep the compiled kernels in {root}: {error}") from error
+
+
+def _make_in(root: Path, plan: Plan, verbose: bool, force: bool) -> Path:
     folder = root / plan.folder
     with _locked(root / f"{plan.folder}.lock"):
         if not force and (folder / plan.library).exists():
@@ -460,6 +467,13 @@ def _import(folder: Path, library: str) -> ModuleType:
     return found
 
 
+def _library_in(folder: Path) -> Path:
+    for path in folder.iterdir():
+        if path.name.startswith(("_C.", "_cuda.")):
+            return path
+    raise KernelUnavailable(f"{folder} holds no library; remove that folder")
+
+
 def _attempt(device: str) -> None:
     """Find or compile, then load; leaves either `loaded` or `reason` in the device's state."""
     state = _states[device]
@@ -469,7 +483,7 @@ def _attempt(device: str) -> None:
             check_torch_has_cuda()
         if folder is None:
             folder = _make(cpu_plan() if device == "cpu" else cuda_plan())
-        library = next(path for path in folder.iterdir() if path.name.startswith(("_C.", "_cuda.")))
+        library = _library_in(folder)
         if device == "cpu":
             state.loaded = _import(folder, library.name)
         else:

@@ -406,20 +406,19 @@ def cuda_plan(root: Path | None = None) -> Plan:
         "device": "cuda",
         "architectures": ";".join(architectures),
         "compiler": compiler_id,
-        "host_compiler": host or "",
+        "host_compiler": _output(host, "--version") if host and shutil.which(host) else str(host),
         "nvcc": nvcc_version,
         "flags": shlex.join(flags),
         "sources": source_digest(root, leave_out="cpu"),
     }
     numbers = ["sm" + entry.removesuffix("+PTX").replace(".", "") for entry in architectures]
-    home = Path(nvcc).resolve().parent.parent
     # The CUDA runtime that torch has loaded is the one to use, so none is linked.
     return Plan(
         device="cuda",
         level="-".join(numbers),
         library="_cuda.so",
         sources=sources,
-        compile=(nvcc, *flags, f"-I{root}", *_torch_includes(), "-isystem", str(home / "include")),
+        compile=(nvcc, *flags, f"-I{root}", *_torch_includes()),
         link=(*compiler, "-shared", *_torch_links("c10", "c10_cuda", "torch_cpu", "torch_cuda")),
         facts=facts,
     )

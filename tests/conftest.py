@@ -45,6 +45,8 @@ def fresh(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name in ("FASTNORM_BACKEND", "FASTNORM_BUILD_TIMEOUT"):
         monkeypatch.delenv(name, raising=False)
+    # A ccache that stands in for g++ would want to write to the home folder, and hide compiles.
+    monkeypatch.setenv("CCACHE_DISABLE", "1")
     monkeypatch.setenv("FASTNORM_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(_toolchain, "SOURCES", write_sources(tmp_path / "csrc"))
     monkeypatch.setattr(_build, "PREBUILT", tmp_path / "prebuilt")

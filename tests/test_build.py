@@ -398,6 +398,16 @@ def test_compiler_that_does_not_run(fresh, monkeypatch):
         _build.build()
 
 
+def test_full_disk_is_a_reason_not_a_traceback(fresh, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(_build, "_compile", full)
+    with pytest.raises(KernelUnavailable, match=r"cannot keep .*cache: .*No space left"):
+        _build.build()
+    assert not list((fresh / "cache").glob("*.part"))
+
+
 def test_killed_compiler_is_told_apart(fresh, monkeypatch):
     program = write_program(
         fresh / "dying",
@@ -414,8 +424,11 @@ def test_killed_compiler_is_told_apart(fresh, monkeypatch):
 def test_ninja_is_not_needed(fresh, monkeypatch):
     tools = fresh / "tools"
     tools.mkdir()
+    folders = [Path(folder) for folder in os.environ["PATH"].split(os.pathsep)]
     for name in ("g++", "as", "ld"):
-        (tools / name).symlink_to(shutil.which(name))
+        found = [(folder / name).resolve() for folder in folders if (folder / name).exists()]
+        # A link to ccache looks for the compiler behind it on PATH.
+        (tools / name).symlink_to(next(path for path in found if path.name != "ccache"))
     monkeypatch.setenv("PATH", str(tools))
     monkeypatch.setitem(sys.modules, "ninja", None)
     assert shutil.which("ninja") is None
@@ -563,6 +576,24 @@ def test_host_compiler_too_new_is_one_line(cuda_torch, monkeypatch):
     with pytest.warns(RuntimeWarning, match="CUDA kernels are not available.*NVCC_CCBIN"):
         assert not _build.load_cuda()
     assert _build.load().answer() == 42
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_nvcc_accepts_the_flags(fresh, monkeypatch):
+    version = _toolchain._nvcc_version(shutil.which("nvcc"))
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0+PTX")
+    source = _toolchain.SOURCES / "cuda" / "part.cu"
+    source.write_text("__global__ void part(float* x) { x[threadIdx.x] = ANSWER; }\n")
+    source.write_text('#include "common/answer.h"\n' + source.read_text())
+    plan = _toolchain.cuda_plan()
+    done = subprocess.run(
+        [*plan.compile, "-c", str(source), "-o", str(fresh / "part.o")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("change", ["architectures", "nvcc", "source", "header", "CXX"])

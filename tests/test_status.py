@@ -86,7 +86,7 @@ def test_command_line_builds_and_cleans(fresh, capsys):
     assert main(["build", "--clean"]) == 0
     assert not list((fresh / "cache").iterdir())
     assert main(["status"]) == 0
-    assert "not compiled yet" in capsys.readouterr().out
+    assert "cpu        kernel: loaded" in capsys.readouterr().out
 
 
 def test_command_line_failure_is_one_line(fresh, monkeypatch, capfd):
@@ -104,3 +104,10 @@ def test_unknown_command():
     )
     assert done.returncode == 2
     assert "invalid choice: 'brew'" in done.stderr
+
+
+def test_command_line_build_fails_where_the_library_does_not_load(fresh, capfd):
+    source = _toolchain.SOURCES / "cpu" / "part.cpp"
+    source.write_text("int missing();\nint now = missing();\n")
+    assert main(["build"]) == 1
+    assert "undefined symbol" in capfd.readouterr().err
