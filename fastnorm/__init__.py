@@ -2,6 +2,19 @@
 
 __version__ = "0.1.0"
 
+from fastnorm.diagnostics import (
+    ActivationStats,
+    Advice,
+    Finding,
+    check_model,
+    early_stopping_factors,
+    gradient_norms,
+    outliers,
+    remove_redundant_bias_,
+    shrinkage_factors,
+    suggest_norm,
+    update_ratios,
+)
 from fastnorm.losses import LabelSmoothingCrossEntropy, cross_entropy, smooth_labels
 from fastnorm.parametrizations import weight_standardization
 from fastnorm.penalties import (
@@ -20,7 +33,10 @@ __all__ = [
     "L1",
     "L1L2",
     "L2",
+    "ActivationStats",
+    "Advice",
     "EarlyStopping",
+    "Finding",
     "GapReport",
     "GroupLasso",
     "LRFindResult",
@@ -28,10 +44,18 @@ __all__ = [
     "MaxNorm",
     "Regularizer",
     "StandardScaler",
+    "check_model",
     "cross_entropy",
+    "early_stopping_factors",
+    "gradient_norms",
     "lr_find",
+    "outliers",
     "overfitting_gap",
     "param_groups_weight_decay",
+    "remove_redundant_bias_",
+    "shrinkage_factors",
     "smooth_labels",
+    "suggest_norm",
+    "update_ratios",
     "weight_standardization",
 ]

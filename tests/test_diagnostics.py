@@ -18,8 +18,7 @@ from fastnorm.diagnostics import (
     update_ratios,
 )
 
-
-TRACKED_INSTANCE_NORM = partial(nn.InstanceNorm1d, track_running_stats=True)
+TRACKED_INSTANCE = partial(nn.InstanceNorm1d, track_running_stats=True)
 
 
 def codes(model, *args, **kwargs):
@@ -315,7 +314,7 @@ def test_untraceable_models_and_other_inputs():
     [
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), (4, 3, 6, 6), 1),
         (lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)), (8, 3), 1),
-        (lambda: nn.Sequential(nn.ConvTranspose1d(3, 4, 3), TRACKED_INSTANCE_NORM(4)), (4, 3, 6), 1),
+        (lambda: nn.Sequential(nn.ConvTranspose1d(3, 4, 3), TRACKED_INSTANCE(4)), (4, 3, 6), 1),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(4, 4)), (4, 3, 6, 6), 1),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)), (4, 3, 6, 6), 0),
         (lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), (8, 3), 0),
