@@ -12,12 +12,13 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 Row = tuple[list[str], str]  # the fields, and the style of the ratios among them
-TEXT_COLUMNS = ("op", "shape", "dtype", "direction", "outputs", "measured")
+TEXT_COLUMNS = ("op", "shape", "dtype", "direction", "outputs", "measured", "cost of")
+CALL_BYTES = 4 << 10
 COLORS = {"fp32": "#2166ac", "bf16": "#e08214", "fp16": "#7b3294", "fp64": "#4d4d4d"}
 
 
@@ -66,7 +67,7 @@ def format_time(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} us"
 
 
-def format_shape(shape: list[int], layout: str) -> str:
+def format_shape(shape: Sequence[int], layout: str) -> str:
     return "x".join(map(str, shape)) + (" nhwc" if layout == "channels_last" else "")
 
 
@@ -127,15 +128,20 @@ def cell_rows(results: dict[str, Any]) -> tuple[list[str], list[Row]]:
 
 
 def summary_rows(results: dict[str, Any]) -> tuple[list[str], list[Row]]:
-    """Geometric mean, worst cell and number of losses by op, dtype and direction, then overall."""
+    """Geometric mean, worst cell and number of losses by op, dtype and direction, then overall.
+
+    Cells of a few kilobytes, where only the cost of a call is measured, are groups of their own.
+    """
     cells = [cell for cell in results["cells"] if cell["ratio_torch"] is not None]
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for cell in cells:
-        groups.setdefault((cell["op"], cell["dtype"], cell["direction"]), []).append(cell)
+    groups: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
+    for cell in sorted(cells, key=lambda cell: cell["input_bytes"] <= CALL_BYTES):
+        inputs = "call" if cell["input_bytes"] <= CALL_BYTES else "data"
+        key = (cell["op"], cell["dtype"], cell["direction"], inputs)
+        groups.setdefault(key, []).append(cell)
     if len(groups) > 1:
-        groups["all", "", ""] = cells
+        groups["all", "", "", ""] = cells
     compiled = any(cell["ratio_compile"] for cell in cells)
-    header = ["op", "dtype", "direction", "cells", "slower", "worst", "vs torch"]
+    header = ["op", "dtype", "direction", "cost of", "cells", "slower", "worst", "vs torch"]
     header += ["vs compile"] if compiled else []
     rows = []
     for key, group in groups.items():
@@ -168,6 +174,8 @@ def closing_lines(results: dict[str, Any]) -> list[str]:
         for note in cell["notes"]:
             counts[f"{cell['op']}: {note}"] = counts.get(f"{cell['op']}: {note}", 0) + 1
     lines = [f"note, {count} cells: {note}" for note, count in counts.items()]
+    if results["machine"]["runs"] != "kernel":
+        lines.append("fastnorm ran plain PyTorch, not its kernels; fastnorm.status() says why")
     if results["skipped"]:
         lines.append(f"{results['skipped']} cells not measured: the time given was over")
     wrong = sum(cell["wrong"] for cell in results["cells"])

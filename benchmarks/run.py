@@ -1,0 +1,27 @@
+"""Every benchmark in one table: ``python -m benchmarks.run``, which is ``make bench``."""
+
+from benchmarks import (
+    bench_batch_norm,
+    bench_dropout,
+    bench_group_norm,
+    bench_instance_norm,
+    bench_layer_norm,
+    bench_memory,
+    bench_overhead,
+    bench_rms_norm,
+)
+from benchmarks.harness import script
+
+MODULES = [
+    bench_layer_norm,
+    bench_rms_norm,
+    bench_batch_norm,
+    bench_group_norm,
+    bench_instance_norm,
+    bench_dropout,
+    bench_overhead,
+    bench_memory,
+]
+
+if __name__ == "__main__":
+    raise SystemExit(script(MODULES, "bench"))
