@@ -20,7 +20,7 @@ PYTEST_ARGS ?= -q -n 2 --dist loadfile
 help:
 	@echo "make demo         train on handwritten digits with torch.nn norms and with fastnorm"
 	@echo "make test         every test that needs no GPU (PYTEST_ARGS='-k layer' for some)"
-	@echo "make bench        the benchmark table on this machine's CPU"
+	@echo "make bench        the benchmark table on this machine's CPU (BENCH_ARGS=--quick or --sweep)"
 	@echo "make gpu          build, test and benchmark on this machine's CUDA GPU, with PYTHON's torch"
 	@echo "make lint         ruff, mypy and clang-format, changing nothing"
 	@echo "make format       let ruff and clang-format rewrite the files"
@@ -58,14 +58,14 @@ format: setup
 	@$(if $(CXX_FILES),$(VENV)/bin/clang-format -i $(CXX_FILES),true)
 
 demo: setup
-	@$(PY) examples/digits.py
+	@PYTHONPATH=. $(PY) examples/digits.py
 
 bench: setup
-	@$(PY) -m fastnorm bench
+	@$(PY) -m benchmarks.run --output results $(BENCH_ARGS)
 
 # No set-up and no network: the machine's own torch (2.11 or later) is what is measured.
 gpu:
-	@PYTHON=$(PYTHON) bash benchmarks/gpu.sh
+	@$(PYTHON) -m benchmarks.gpu $(GPU_ARGS)
 
 clean-cache: setup
 	@$(PY) -m fastnorm build --clean

@@ -29,11 +29,10 @@ SWEEP = grid(OPS, [(m, n) for m in ROWS for n in WIDTHS], ALL_DTYPES, max_bytes=
 # The grid of QuACK's published plots, 32768 rows and fewer where a row is very long.
 CUDA_SHAPES = [(32768, 1 << k) for k in range(8, 17)] + [(16384, 1 << 17), (8192, 1 << 18)]
 CUDA = [
-    *grid(("layer_norm",), CUDA_SHAPES, ("bf16",), compile=True),
+    *grid(("layer_norm",), CUDA_SHAPES, ("bf16",)),
+    *grid(("layer_norm",), CUDA_SHAPES[2::3], ("bf16",), compile=True),
     *grid(("layer_norm",), CUDA_SHAPES[2:7], ("fp32",)),
-    *grid(
-        ("add_layer_norm",), [(8192, 1024), (32768, 4096), (2048, 16384)], ("bf16",), compile=True
-    ),
+    *grid(("add_layer_norm",), [(8192, 1024), (2048, 16384)], ("bf16",)),
     *grid(("layer_norm",), [(4096, 1024), (32768, 1023), (32768, 4097)], ("bf16",)),
     *grid(("layer_norm_channels",), [(32, 192, 56, 56)], ("bf16",), layouts=BOTH_LAYOUTS),
 ]

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -168,13 +168,12 @@ def train(kind: str, epochs: int, batch: int, console: Console) -> dict[str, Run
         torch.manual_seed(0)
         runs[name] = Run(DigitsTransformer(*classes), steps * epochs)
     columns = (
-        TextColumn("epoch {task.fields[epoch]:>2}"),
-        BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[epoch]:>2}"),
+        BarColumn(bar_width=12),
         TextColumn("{task.description}"),
-        TimeRemainingColumn(),
     )
     shuffle = torch.Generator().manual_seed(1)
+    console.print("epoch by epoch, " + " / ".join(runs))
     with Progress(*columns, console=console) as progress:
         for epoch in range(epochs):
             task = progress.add_task("", total=steps, epoch=epoch + 1)
@@ -187,13 +186,18 @@ def train(kind: str, epochs: int, batch: int, console: Console) -> dict[str, Run
                 progress.advance(task)
             for run in runs.values():
                 run.validate(valid_images, valid_labels)
-            parts = (
-                f"{name}: loss {statistics.fmean(run.losses[-steps:]):.3f}, "
-                f"accuracy {run.accuracies[-1]:.1%}, "
-                f"{1e3 * statistics.median(run.seconds[-steps:]):.1f} ms"
-                for name, run in runs.items()
+            progress.update(
+                task,
+                description=(
+                    "loss "
+                    + " / ".join(f"{statistics.fmean(r.losses[-steps:]):.3f}" for r in turn)
+                    + "  accuracy "
+                    + " / ".join(f"{r.accuracies[-1]:.1%}" for r in turn)
+                    + "  step "
+                    + " / ".join(f"{1e3 * r.seconds[-1]:.0f}" for r in turn)
+                    + " ms"
+                ),
             )
-            progress.update(task, description="   ".join(parts))
     return runs
 
 
@@ -213,10 +217,10 @@ def table(runs: dict[str, Run], kind: str) -> Table:
         result.add_row(label, *(form.format(field(run)) for run in (torch_run, fast_run)), "")
     style = "bold green" if before > after else "bold red"
     result.add_row(
-        "time per step (median)",
+        "time per step, median",
         f"{1e3 * before:.2f} ms",
         f"{1e3 * after:.2f} ms",
-        f"[{style}]{before / after:.2f}x faster[/]",
+        f"[{style}]{before / after:.2f}x[/]",
     )
     return result
 
@@ -245,7 +249,7 @@ def plot(runs: dict[str, Run], kind: str, path: Path) -> None:
     loss.set(title="training loss", xlabel="step", yscale="log")
     accuracy.set(title="validation accuracy", xlabel="epoch", ylabel="%")
     accuracy.set_ylim(bottom=max(0, 100 * min(r.accuracies[0] for r in runs.values()) - 5), top=101)
-    title = f"time per step: {medians[0] / medians[1]:.2f}x faster"
+    title = f"time per step: torch.nn / fastnorm = {medians[0] / medians[1]:.2f}"
     steps.set(title=title, xlabel="step", ylabel="ms", ylim=(0, 1.8 * max(medians)))
     for axes in (loss, accuracy, steps):
         axes.legend(frameon=False)
