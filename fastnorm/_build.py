@@ -314,9 +314,10 @@ def _compile(plan: Plan, folder: Path, verbose: bool = False) -> None:
         finished = True
     except KernelUnavailable as error:
         kept = folder.parent / f"{plan.folder}.log"
+        cause = f"{error} (the compiler's output: {kept})"
         with contextlib.suppress(OSError):
-            kept.write_text("\n".join(log))
-        raise KernelUnavailable(f"{error} (the compiler's output: {kept})") from None
+            kept.write_text("\n".join([cause, *log]))
+        raise KernelUnavailable(cause) from None
     finally:
         progress.close(finished)
     for path in folder.iterdir():
@@ -386,9 +387,14 @@ def _make(plan: Plan, verbose: bool = False, force: bool = False) -> Path:
 
 def _make_in(root: Path, plan: Plan, verbose: bool, force: bool) -> Path:
     folder = root / plan.folder
+    asked = time.time()
     with _locked(root / f"{plan.folder}.lock"):
         if not force and (folder / plan.library).exists():
             return folder
+        # Of many processes that wait for one compile, the first failure is everyone's.
+        log = root / f"{plan.folder}.log"
+        if log.exists() and log.stat().st_mtime >= asked:
+            raise KernelUnavailable(log.read_text().splitlines()[0])
         # Whoever holds the lock is the only one to compile this key: these are a dead builder's.
         for left in root.glob(f"{plan.folder}.*.part"):
             shutil.rmtree(left, ignore_errors=True)

@@ -115,8 +115,8 @@ def test_clean_removes_what_was_compiled(fresh):
 
 def test_kernels_run_on_torchs_own_threads(fresh):
     """parallel_for in an extension is parallel, and torch.set_num_threads governs it."""
-    if not _toolchain._openmp_flags(_toolchain.find_compiler()[1]):
-        pytest.skip("built without OpenMP here")
+    if sys.platform != "linux" or "OpenMP" not in torch.__config__.parallel_info():
+        pytest.skip("the kernels run on one thread here")
     (_toolchain.SOURCES / "ops.cpp").write_text("""
 #include <Python.h>
 #include <ATen/Parallel.h>
@@ -262,6 +262,34 @@ def test_eight_cold_processes_make_one_compile(fresh):
     assert done.stdout.strip() == str([0] * 8), done.stderr
     assert (fresh / "starts").read_text().count("compile") == 2  # one for each source
     assert done.stderr.count("compiling the CPU kernels") == 1
+
+
+def test_whoever_waited_for_a_failing_compile_does_not_repeat_it(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", str(slow_compiler(fresh)))
+    (_toolchain.SOURCES / "ops.cpp").write_text(TINY + "nonsense\n")
+    monkeypatch.setenv("MAX_JOBS", "1")
+    plan = _toolchain.cpu_plan()
+    reasons = []
+
+    def attempt():
+        try:
+            _build._make(plan)
+        except KernelUnavailable as error:
+            reasons.append(str(error))
+
+    first, second = threading.Thread(target=attempt), threading.Thread(target=attempt)
+    first.start()
+    while not (fresh / "starts").exists():
+        time.sleep(0.01)
+    second.start()
+    first.join()
+    second.join()
+    assert (fresh / "starts").read_text().count("compile") == 1
+    assert len(reasons) == 2
+    assert reasons[0] == reasons[1]
+    with pytest.raises(KernelUnavailable):
+        _build.build()  # asked after the failure: tried again
+    assert (fresh / "starts").read_text().count("compile") == 2
 
 
 def test_killed_builder_frees_its_lock(fresh, monkeypatch):
