@@ -486,3 +486,7 @@ class NonNegative(Rule):
 
     def project(self, w: Tensor) -> Tensor | None:
         return w.clamp_min(0)
+
+
+#: Rules that bound the parameters and add nothing to the loss.
+CONSTRAINTS = (MaxNorm, UnitNorm, NonNegative)
