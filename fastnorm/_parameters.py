@@ -7,9 +7,11 @@ answered here, once, by module type.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +30,10 @@ TORCH_NORMS: tuple[type[nn.Module], ...] = (
     nn.GroupNorm,
     nn.RMSNorm,
 )
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Bilinear, *CONVS, *TRANSPOSED)
 
 
 @dataclass
@@ -226,3 +232,40 @@ def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
+
+
+def positive(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {value!r} of type {type(value).__name__}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+    return float(value)
+
+
+def raw_parameter(module: nn.Module, name: str) -> torch.Tensor | None:
+    """The parameter that stores a tensor: itself, or the first original of its parametrization."""
+    if parametrize.is_parametrized(module, name):
+        chains: Any = module.parametrizations
+        return next(chains[name].parameters(recurse=False), None)
+    return module._parameters.get(name)
+
+
+@torch.no_grad()
+def change_(module: nn.Module, name: str, how: Callable[[torch.Tensor], Any]) -> None:
+    """Change a layer's tensor in place by ``how``, through its parametrization if it has one."""
+    if not parametrize.is_parametrized(module, name):
+        how(getattr(module, name))
+        return
+    value = getattr(module, name).detach().clone()
+    how(value)
+    setattr(module, name, value)
+
+
+def orthogonal_(weight: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """``torch.nn.init.orthogonal_`` for every dtype: its QR knows no float16 and bfloat16."""
+    wide = torch.empty(
+        weight.shape,
+        dtype=torch.promote_types(weight.dtype, torch.float32),
+        device=weight.device,
+    )
+    return weight.copy_(nn.init.orthogonal_(wide, generator=generator))
