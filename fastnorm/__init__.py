@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from fastnorm import activations, init
 from fastnorm.diagnostics import (
     ActivationStats,
     Advice,
@@ -44,10 +45,12 @@ __all__ = [
     "MaxNorm",
     "Regularizer",
     "StandardScaler",
+    "activations",
     "check_model",
     "cross_entropy",
     "early_stopping_factors",
     "gradient_norms",
+    "init",
     "lr_find",
     "outliers",
     "overfitting_gap",
