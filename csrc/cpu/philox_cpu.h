@@ -18,11 +18,9 @@
 #endif
 
 #include "common/philox.h"
+#include "cpu/scale_cpu.h"
 
 namespace fastnorm::cpu {
-
-// 0xffff for a kept element, 0 for a dropped one.
-using KeepMask = uint16_t;
 
 // Masks of at most this many elements lie on the stack at a time.
 inline constexpr int64_t kMaskBlock = 512;
@@ -73,38 +71,58 @@ struct PhiloxLanes {
 #endif
 
 #ifdef FASTNORM_PHILOX_VECTOR
-// The mask of elements 8 * counter and on, for `groups` times the counters of two vectors (two
-// chains of dependent multiplies in flight).
-inline void keep_masks_vector(KeepMask* out, uint64_t counter, int64_t groups, uint64_t seed,
-                              uint32_t threshold) {
+// Masks of consecutive counters with the same upper half, those of two vectors at a time: two
+// chains of dependent multiplies in flight.
+class KeepMaskStream {
   using L = PhiloxLanes;
   using V = L::V;
-  V k0[10], k1[10];
-  for (uint32_t r = 0; r < 10; ++r) {
-    k0[r] = L::set(static_cast<uint32_t>(static_cast<uint32_t>(seed) + r * 0x9E3779B9u));
-    k1[r] = L::set(static_cast<uint32_t>(static_cast<uint32_t>(seed >> 32) + r * 0xBB67AE85u));
+
+ public:
+  static constexpr int64_t kCounters = 2 * L::kCounters;
+  static constexpr int64_t kElements = 8 * kCounters;
+
+  KeepMaskStream(uint64_t counter, uint64_t seed, uint32_t threshold) {
+    uint32_t key0[10], key1[10];
+    for (uint32_t r = 0; r < 10; ++r) {
+      key0[r] = static_cast<uint32_t>(seed) + r * 0x9E3779B9u;
+      key1[r] = static_cast<uint32_t>(seed >> 32) + r * 0xBB67AE85u;
+    }
+    // c2 = c3 = 0 and a common c1 leave the first product of round 1 the same for all lanes.
+    const uint64_t common =
+        uint64_t(0xD2511F53u) * (static_cast<uint32_t>(counter >> 32) ^ key0[0]);
+    c2_round1_ = L::set(static_cast<uint32_t>(common >> 32) ^ key1[1]);
+    for (int r = 0; r < 10; ++r) {
+      k0_[r] = L::set(key0[r]);
+      k1_[r] = L::set(r == 2 ? key1[r] ^ static_cast<uint32_t>(common) : key1[r]);
+    }
+    limit_ = L::set16(static_cast<uint16_t>(threshold - 1));
+    index_[0] = L::add(L::set(counter), L::first());
+    index_[1] = L::add(L::set(counter + L::kCounters), L::first());
   }
-  const V m0 = L::set(0xD2511F53u), m1 = L::set(0xCD9E8D57u);
-  const V limit = L::set16(static_cast<uint16_t>(threshold - 1));
-  V index[2] = {L::add(L::set(counter), L::first()),
-                L::add(L::set(counter + L::kCounters), L::first())};
-  const V step = L::set(2 * L::kCounters);
-  for (int64_t g = 0; g < groups; ++g) {
+
+  // Writes kElements masks.
+  void next(KeepMask* out) {
+    const V m0 = L::set(0xD2511F53u), m1 = L::set(0xCD9E8D57u), step = L::set(kCounters);
     V c0[2], c1[2], c2[2], c3[2];
 #pragma GCC unroll 2
-    for (int u = 0; u < 2; ++u) {
-      c3[u] = L::mul(index[u], m0);
-      c2[u] = L::xor_(L::high(c3[u]), k1[0]);
-      c0[u] = L::xor_(L::high(index[u]), k0[0]);
-      c1[u] = L::set(0);
-      index[u] = L::add(index[u], step);
+    for (int u = 0; u < 2; ++u) {  // rounds 0, 1 and 2
+      const V p0 = L::mul(index_[u], m0);
+      index_[u] = L::add(index_[u], step);
+      const V p1 = L::mul(L::xor_(L::high(p0), k1_[0]), m1);
+      const V q0 = L::mul(L::xor_(L::high(p1), k0_[1]), m0);
+      const V q1 = L::mul(L::xor_(p0, c2_round1_), m1);
+      c0[u] = L::xor_(L::high(q1), L::xor_(p1, k0_[2]));
+      c2[u] = L::xor_(L::high(q0), k1_[2]);
+      c1[u] = q1;
+      c3[u] = q0;
     }
-    for (int r = 1; r < 10; ++r) {
+#pragma GCC unroll 7
+    for (int r = 3; r < 10; ++r) {
 #pragma GCC unroll 2
       for (int u = 0; u < 2; ++u) {
         const V p0 = L::mul(c0[u], m0), p1 = L::mul(c2[u], m1);
-        c0[u] = L::xor_(L::high(p1), L::xor_(c1[u], k0[r]));
-        c2[u] = L::xor_(L::high(p0), L::xor_(c3[u], k1[r]));
+        c0[u] = L::xor_(L::high(p1), L::xor_(c1[u], k0_[r]));
+        c2[u] = L::xor_(L::high(p0), L::xor_(c3[u], k1_[r]));
         c1[u] = p1;
         c3[u] = p0;
       }
@@ -112,100 +130,92 @@ inline void keep_masks_vector(KeepMask* out, uint64_t counter, int64_t groups, u
 #pragma GCC unroll 2
     for (int u = 0; u < 2; ++u) {
       const V low = L::pair(c0[u], c1[u]), high = L::pair(c2[u], c3[u]);
-      L::store_not_above(out, L::interleave_low(low, high), limit);
-      L::store_not_above(out + 4 * L::kCounters, L::interleave_high(low, high), limit);
+      L::store_not_above(out, L::interleave_low(low, high), limit_);
+      L::store_not_above(out + 4 * L::kCounters, L::interleave_high(low, high), limit_);
       out += 8 * L::kCounters;
     }
   }
-}
+
+ private:
+  V k0_[10], k1_[10], c2_round1_, limit_, index_[2];
+};
+#else
+class KeepMaskStream {
+ public:
+  static constexpr int64_t kCounters = 1;
+  static constexpr int64_t kElements = 8;
+
+  KeepMaskStream(uint64_t counter, uint64_t seed, uint32_t threshold)
+      : counter_(counter), seed_(seed), threshold_(threshold) {}
+
+  void next(KeepMask* out) {
+    const Philox4 bits = philox4x32_10(counter_++, seed_);
+    for (int j = 0; j < 8; ++j) out[j] = bits.bits16(j) < threshold_ ? 0xffff : 0;
+  }
+
+ private:
+  uint64_t counter_, seed_;
+  uint32_t threshold_;
+};
 #endif
 
+// Whether a KeepMaskStream can serve `counters` counters from `counter` on.
+inline bool streams(uint64_t counter, int64_t counters, uint32_t threshold) {
+  const uint64_t last = counter + static_cast<uint64_t>(counters) + KeepMaskStream::kCounters;
+  return threshold > 0 && counter >> 32 == last >> 32;
+}
+
 // Masks of elements first_index .. first_index + n - 1 of a block (n <= kMaskBlock). Returns
-// where in `buffer` they begin: a counter is never split, so up to 7 elements before them and
-// some behind are written too.
+// where in `data` they begin: a counter is never split, so up to 7 elements before them and some
+// behind are written too.
 struct MaskBuffer {
-#ifdef FASTNORM_PHILOX_VECTOR
-  static constexpr int64_t kGroup = 2 * PhiloxLanes::kCounters;
-#else
-  static constexpr int64_t kGroup = 1;
-#endif
-  alignas(64) KeepMask data[kMaskBlock + 8 + 8 * kGroup];
+  alignas(64) KeepMask data[kMaskBlock + 8 + KeepMaskStream::kElements];
 
   const KeepMask* fill(uint64_t first_index, int64_t n, uint64_t seed, uint32_t threshold) {
     const uint64_t counter = first_index / 8;
     const int64_t offset = static_cast<int64_t>(first_index % 8);
+    const int64_t counters = (offset + n + 7) / 8;
     if (threshold == 0) {
       std::fill_n(data, n, KeepMask(0));
       return data;
     }
-    const int64_t counters = (offset + n + 7) / 8;
-#ifdef FASTNORM_PHILOX_VECTOR
-    keep_masks_vector(data, counter, (counters + kGroup - 1) / kGroup, seed, threshold);
-#else
-    for (int64_t c = 0; c < counters; ++c) {
-      const Philox4 bits = philox4x32_10(counter + static_cast<uint64_t>(c), seed);
-      for (int j = 0; j < 8; ++j) data[8 * c + j] = bits.bits16(j) < threshold ? 0xffff : 0;
+    if (streams(counter, counters, threshold)) {
+      KeepMaskStream stream(counter, seed, threshold);
+      for (int64_t c = 0; c < counters; c += KeepMaskStream::kCounters) stream.next(data + 8 * c);
+    } else {
+      for (int64_t c = 0; c < counters; ++c) {
+        const Philox4 bits = philox4x32_10(counter + static_cast<uint64_t>(c), seed);
+        for (int j = 0; j < 8; ++j) data[8 * c + j] = bits.bits16(j) < threshold ? 0xffff : 0;
+      }
     }
-#endif
     return data + offset;
   }
 };
 
-// out = mask ? in * scale : +0. A bitwise and, so that a dropped inf or NaN is +0 too.
-inline void scale_kept(const float* in, float* out, const KeepMask* mask, int64_t n, float scale) {
-  int64_t i = 0;
-#if defined(__AVX512F__) && defined(__AVX512BW__)
-  for (; i + 16 <= n; i += 16) {
-    const __m256i m = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(mask + i));
-    const __mmask16 keep = _mm512_test_epi32_mask(_mm512_cvtepi16_epi32(m), _mm512_set1_epi32(1));
-    _mm512_storeu_ps(out + i,
-                     _mm512_maskz_mul_ps(keep, _mm512_loadu_ps(in + i), _mm512_set1_ps(scale)));
-  }
-#elif defined(__AVX2__)
-  for (; i + 8 <= n; i += 8) {
-    const __m128i m = _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask + i));
-    const __m256 keep = _mm256_castsi256_ps(_mm256_cvtepi16_epi32(m));
-    const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(in + i), _mm256_set1_ps(scale));
-    _mm256_storeu_ps(out + i, _mm256_and_ps(scaled, keep));
-  }
-#endif
-  for (; i < n; ++i) {
-    const float scaled = in[i] * scale;
-    out[i] = mask[i] ? scaled : 0.0f;
-  }
-}
-
-inline void scale_kept(const double* in, double* out, const KeepMask* mask, int64_t n,
-                       double scale) {
-  int64_t i = 0;
-#if defined(__AVX2__)
-  for (; i + 4 <= n; i += 4) {
-    const __m128i m = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(mask + i));
-    const __m256d keep = _mm256_castsi256_pd(_mm256_cvtepi16_epi64(m));
-    const __m256d scaled = _mm256_mul_pd(_mm256_loadu_pd(in + i), _mm256_set1_pd(scale));
-    _mm256_storeu_pd(out + i, _mm256_and_pd(scaled, keep));
-  }
-#endif
-  for (; i < n; ++i) {
-    const double scaled = in[i] * scale;
-    out[i] = mask[i] ? scaled : 0.0;
-  }
-}
-
-// out[i] = in[i] * scale where element first_index + i is kept, +0 elsewhere. in == out is fine.
-template <typename A>
-void apply_dropout(const A* in, A* out, int64_t n, uint64_t first_index, const Dropout& dropout) {
+// out[i] = in[i] * scale where element first_index + i is kept, +0 elsewhere; in and out may be
+// the same. Bits are drawn a few vectors ahead of their use, so that the multiplies of the one
+// fill the memory latency of the other.
+template <typename T>
+void apply_dropout(const T* in, T* out, int64_t n, uint64_t first_index, const Dropout& dropout) {
   const uint64_t seed = static_cast<uint64_t>(*dropout.seed);
+  const auto scale = static_cast<acc_t<T>>(dropout.scale);
+  constexpr int64_t kStep = KeepMaskStream::kElements;
   MaskBuffer buffer;
-  while (n > 0) {
-    // A block ends at a multiple of 8, so that only the first one is unaligned.
-    const int64_t size = std::min(n, kMaskBlock - static_cast<int64_t>(first_index % 8));
-    const KeepMask* mask = buffer.fill(first_index, size, seed, dropout.threshold);
-    scale_kept(in, out, mask, size, static_cast<A>(dropout.scale));
-    in += size;
-    out += size;
-    n -= size;
-    first_index += static_cast<uint64_t>(size);
+  int64_t i = 0;
+  while (i < n) {
+    const uint64_t index = first_index + static_cast<uint64_t>(i);
+    if (index % 8 == 0 && n - i >= kStep && streams(index / 8, n / 8, dropout.threshold)) {
+      KeepMaskStream stream(index / 8, seed, dropout.threshold);
+      for (; i + kStep <= n; i += kStep) {
+        stream.next(buffer.data);
+        scale_kept(in + i, out + i, buffer.data, kStep, scale);
+      }
+    } else {
+      // Up to the next multiple of 8, unless that is all there is.
+      const int64_t size = std::min(n - i, kMaskBlock - static_cast<int64_t>(index % 8));
+      scale_kept(in + i, out + i, buffer.fill(index, size, seed, dropout.threshold), size, scale);
+      i += size;
+    }
   }
 }
 
