@@ -93,18 +93,24 @@ inline void for_each_wide(int64_t n, F&& body) {
   for (; i < n; ++i) body(OneTag{}, i);
 }
 
-// A running sum that takes both kinds of element.
-template <typename A>
-struct WideSum {
-  Wide<A> wide;
-  A one = 0;
-
-  void add(Wide<A> v) { wide += v; }
-  void add(A v) { one += v; }
-  void add_product(Wide<A> a, Wide<A> b) { wide = fmadd(a, b, wide); }
-  void add_product(A a, A b) { one = std::fma(a, b, one); }
-  A total() const { return wide.sum() + one; }
-};
+// The sum of term(tag, i) over i < n: four independent Wides hide the latency of the additions,
+// and the order depends on n and the vector width alone.
+template <typename A, typename F>
+inline A wide_sum(int64_t n, F&& term) {
+  constexpr int64_t kSize = Wide<A>::kSize;
+  Wide<A> s0, s1, s2, s3;
+  A rest = 0;
+  int64_t i = 0;
+  for (; i + 4 * kSize <= n; i += 4 * kSize) {
+    s0 += term(WideTag{}, i);
+    s1 += term(WideTag{}, i + kSize);
+    s2 += term(WideTag{}, i + 2 * kSize);
+    s3 += term(WideTag{}, i + 3 * kSize);
+  }
+  for (; i + kSize <= n; i += kSize) s0 += term(WideTag{}, i);
+  for (; i < n; ++i) rest += term(OneTag{}, i);
+  return ((s0 + s1) + (s2 + s3)).sum() + rest;
+}
 
 }  // namespace fastnorm::cpu
 
