@@ -226,7 +226,7 @@ struct AddNormNode final : public Node {
 }  // namespace
 
 at::Tensor laid_out_like(const at::Tensor& t, const at::Tensor& x) {
-  if (t.strides() == x.strides() && t.scalar_type() == x.scalar_type()) return t;
+  if (t.scalar_type() == x.scalar_type() && same_layout(t, x)) return t;
   at::Tensor out = at::empty_like(x);
   out.copy_(t);
   return out;

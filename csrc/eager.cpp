@@ -4,10 +4,9 @@
 #include "eager.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/ops/empty.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/utils/disable_torch_function.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "autograd.h"
@@ -17,31 +16,46 @@ namespace fastnorm {
 
 namespace py = pybind11;
 
+namespace {
+
+// Whether `set` has a functionality that `usual` lacks. (Subtraction leaves the backend bits.)
+bool exceeds(c10::DispatchKeySet set, c10::DispatchKeySet usual) {
+  return ((set - usual).raw_repr() & ~c10::full_backend_mask) != 0;
+}
+
+}  // namespace
+
 bool undisturbed() {
   using c10::DispatchKey;
   constexpr c10::DispatchKeySet usual =
       c10::DispatchKeySet({DispatchKey::BackendSelect, DispatchKey::ADInplaceOrView}) |
       c10::autocast_dispatch_keyset;
   const auto tls = c10::impl::tls_local_dispatch_key_set();
-  return (tls.included_ - usual).empty() && !at::impl::torch_function_mode_enabled();
+  return !exceeds(tls.included_, usual) && !at::impl::torch_function_mode_enabled();
+}
+
+// The CUDA kernels live in a library of their own, which may come later or never.
+bool cuda_is_loaded() {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fastnorm::norm_fwd", "");
+  return op.hasKernelForDispatchKey(c10::DispatchKey::CUDA);
 }
 
 bool plain_tensor(PyObject* object, at::Tensor& out) {
   using c10::DispatchKey;
   if (object == Py_None) return true;
-  if (!THPVariable_Check(object)) return false;
-  if (!THPVariable_CheckExact(object) && torch::check_has_torch_function(object)) return false;
+  if (!THPVariable_CheckExact(object)) return false;
   const at::Tensor& t = THPVariable_Unpack(object);
   constexpr c10::DispatchKeySet usual =
       c10::DispatchKeySet({DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::AutogradCPU,
                            DispatchKey::AutogradCUDA, DispatchKey::ADInplaceOrView}) |
       c10::autocast_dispatch_keyset;
-  if (!(t.key_set() - usual).empty()) return false;
+  if (exceeds(t.key_set(), usual)) return false;
   const auto dtype = t.scalar_type();
   if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf && dtype != at::kDouble) {
     return false;
   }
   if (t.requires_grad() && t._fw_grad(0).defined()) return false;
+  if (t.is_cuda() && !cuda_is_loaded()) return false;
   out = t;
   return true;
 }
@@ -76,6 +90,14 @@ int64_t normalized_numel(PyObject* shape, const at::Tensor& x, const at::Tensor&
   return n;
 }
 
+// None is RMS norm's default: the spacing of the type that the statistics are in.
+double read_eps(PyObject* eps, const at::Tensor& x) {
+  if (PyFloat_CheckExact(eps)) return PyFloat_AS_DOUBLE(eps);
+  if (eps != Py_None) return -1.0;
+  return x.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
+                                        : std::numeric_limits<float>::epsilon();
+}
+
 NormCall row_call(const at::Tensor& x, int64_t n, int64_t statistic, double eps) {
   NormCall call;
   call.view = {n == 0 ? 0 : x.numel() / n, 1, 1, n, 1, 1};
@@ -100,17 +122,18 @@ py::object wrap(const at::Tensor& t) {
 
 // layer_norm and rms_norm over trailing dimensions, without dropout.
 py::object row_norm(const py::handle& input, const py::handle& normalized_shape,
-                    const py::handle& weight, const py::handle& bias, double eps,
+                    const py::handle& weight, const py::handle& bias, const py::handle& eps_arg,
                     int64_t statistic, double weight_offset, int64_t activation,
                     const py::handle& residual) {
   at::Tensor x, w, b, r;
-  if (!undisturbed() || activation < 0 || !(eps >= 0) || !plain_tensor(input.ptr(), x) ||
+  if (!undisturbed() || activation < 0 || !plain_tensor(input.ptr(), x) ||
       !x.defined() || !plain_tensor(weight.ptr(), w) || !plain_tensor(bias.ptr(), b) ||
       !plain_tensor(residual.ptr(), r)) {
     return py::none();
   }
   const int64_t n = normalized_numel(normalized_shape.ptr(), x, w, b);
-  if (n <= 0 || !parameter_fits(w, x, n) || !parameter_fits(b, x, n) ||
+  const double eps = read_eps(eps_arg.ptr(), x);
+  if (n <= 0 || !(eps >= 0) || !parameter_fits(w, x, n) || !parameter_fits(b, x, n) ||
       (r.defined() && !same_shape(r, x))) {
     return py::none();
   }
@@ -127,16 +150,17 @@ py::object row_norm(const py::handle& input, const py::handle& normalized_shape,
 
 py::object add_row_norm(const py::handle& input, const py::handle& residual,
                         const py::handle& normalized_shape, const py::handle& weight,
-                        const py::handle& bias, double eps, int64_t statistic,
+                        const py::handle& bias, const py::handle& eps_arg, int64_t statistic,
                         double weight_offset) {
   at::Tensor x, w, b, r;
-  if (!undisturbed() || !(eps >= 0) || !plain_tensor(input.ptr(), x) || !x.defined() ||
+  if (!undisturbed() || !plain_tensor(input.ptr(), x) || !x.defined() ||
       !plain_tensor(weight.ptr(), w) || !plain_tensor(bias.ptr(), b) ||
       !plain_tensor(residual.ptr(), r) || !r.defined() || !same_shape(r, x)) {
     return py::none();
   }
   const int64_t n = normalized_numel(normalized_shape.ptr(), x, w, b);
-  if (n <= 0 || !parameter_fits(w, x, n) || !parameter_fits(b, x, n)) return py::none();
+  const double eps = read_eps(eps_arg.ptr(), x);
+  if (n <= 0 || !(eps >= 0) || !parameter_fits(w, x, n) || !parameter_fits(b, x, n)) return py::none();
   NormCall call = row_call(x, n, statistic, eps);
   call.weight_offset = weight_offset;
   at::Tensor y, sum;

@@ -58,6 +58,16 @@ inline NormConfig to_config(at::IntArrayRef view, int64_t statistic, bool frozen
   return c;
 }
 
+// Same sizes, and the same position in memory for every element. The stride of a dimension of
+// size 1 means nothing.
+inline bool same_layout(const at::Tensor& t, const at::Tensor& x) {
+  if (t.sizes() != x.sizes()) return false;
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    if (x.size(d) > 1 && t.stride(d) != x.stride(d)) return x.numel() == 0;
+  }
+  return true;
+}
+
 // The element order of every tensor beside `x` must be that of x, and nothing may be padded.
 inline void check_operands(const at::Tensor& x, const View& view,
                            std::initializer_list<OptionalTensor> same,
@@ -65,8 +75,8 @@ inline void check_operands(const at::Tensor& x, const View& view,
   TORCH_CHECK(x.is_non_overlapping_and_dense() && x.numel() == view.numel(),
               "fastnorm: the input must be dense with ", view.numel(), " elements");
   for (const auto& t : same) {
-    TORCH_CHECK(!has(t) || (t->scalar_type() == x.scalar_type() && t->sizes() == x.sizes() &&
-                            t->strides() == x.strides() && t->device() == x.device()),
+    TORCH_CHECK(!has(t) || (t->scalar_type() == x.scalar_type() && same_layout(*t, x) &&
+                            t->device() == x.device()),
                 "fastnorm: expected a tensor like the input");
   }
   for (const auto& t : per_channel) {

@@ -1,8 +1,7 @@
 """fastnorm: fused normalization and dropout for PyTorch."""
 
-__version__ = "0.1.0"
-
 from fastnorm import activations, init
+from fastnorm._build import KernelUnavailable, build, use_backend
 from fastnorm.diagnostics import (
     ActivationStats,
     Advice,
@@ -16,6 +15,7 @@ from fastnorm.diagnostics import (
     suggest_norm,
     update_ratios,
 )
+from fastnorm.layer_norm import AddLayerNorm, LayerNorm, add_layer_norm, layer_norm
 from fastnorm.losses import LabelSmoothingCrossEntropy, cross_entropy, smooth_labels
 from fastnorm.parametrizations import weight_standardization
 from fastnorm.penalties import (
@@ -27,38 +27,54 @@ from fastnorm.penalties import (
     Regularizer,
     param_groups_weight_decay,
 )
+from fastnorm.rms_norm import AddRMSNorm, RMSNorm, add_rms_norm, rms_norm
+from fastnorm.status import status
 from fastnorm.stopping import EarlyStopping, GapReport, LRFindResult, lr_find, overfitting_gap
 from fastnorm.transforms import StandardScaler
+
+__version__ = "0.1.0"
 
 __all__ = [
     "L1",
     "L1L2",
     "L2",
     "ActivationStats",
+    "AddLayerNorm",
+    "AddRMSNorm",
     "Advice",
     "EarlyStopping",
     "Finding",
     "GapReport",
     "GroupLasso",
+    "KernelUnavailable",
     "LRFindResult",
     "LabelSmoothingCrossEntropy",
+    "LayerNorm",
     "MaxNorm",
+    "RMSNorm",
     "Regularizer",
     "StandardScaler",
     "activations",
+    "add_layer_norm",
+    "add_rms_norm",
+    "build",
     "check_model",
     "cross_entropy",
     "early_stopping_factors",
     "gradient_norms",
     "init",
+    "layer_norm",
     "lr_find",
     "outliers",
     "overfitting_gap",
     "param_groups_weight_decay",
     "remove_redundant_bias_",
+    "rms_norm",
     "shrinkage_factors",
     "smooth_labels",
+    "status",
     "suggest_norm",
     "update_ratios",
+    "use_backend",
     "weight_standardization",
 ]

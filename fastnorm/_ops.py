@@ -1,0 +1,328 @@
+"""Between the public functions and the kernels: which implementation runs, and its autograd.
+
+In eager mode the compiled module's own nodes carry autograd (``csrc/autograd.cpp``): a Python
+`torch.autograd.Function` alone costs more than all of ``F.layer_norm`` on a small input. Under
+`torch.compile` the operators are called through the Functions of this file. Both go back to the
+pure-PyTorch reference when a backward pass must itself be differentiable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastnorm import _build, _philox, _reference
+
+View = tuple[int, int, int, int, int, int]
+
+
+class NormCall(NamedTuple):
+    """What a norm is, beside its tensors: ``csrc/common/norm.h``."""
+
+    view: View
+    statistic: int
+    eps: float
+    weight_offset: float = 0.0
+    activation: int = 0
+    dropout_p: float = 0.0
+
+
+def row_view(rows: int, columns: int) -> View:
+    """Statistics over each of `rows` contiguous rows, one parameter per column."""
+    return (rows, 1, 1, columns, 1, 1)
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Nothing intercepts these tensors: no transform, no tangent, no subclass, no tracing."""
+    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
+        return False
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) is not Tensor and not isinstance(t, torch.nn.Parameter):
+            return False
+        if t.requires_grad and torch.autograd.forward_ad._is_fwd_grad_enabled() and has_tangent(t):
+            return False
+    return True
+
+
+def has_tangent(t: Tensor) -> bool:
+    """Whether `t` is a dual number of forward-mode differentiation."""
+    if torch.autograd.forward_ad._current_level < 0:
+        return False
+    return torch.autograd.forward_ad.unpack_dual(t).tangent is not None
+
+
+def use_kernel(input: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernels, rather than the reference, compute this call.
+
+    Depends on the backend, the device and the kind of tensors; never on their values. Builds the
+    kernels on first use.
+    """
+    if torch.compiler.is_compiling():
+        return (
+            _build.backend() == "kernel"
+            and not torch.compiler.is_exporting()
+            and register_fakes()
+        )
+    if not is_plain(input, *others):
+        return False
+    if input.device.type == "cpu":
+        return _build.load() is not None
+    return input.device.type == "cuda" and _build.load_cuda()
+
+
+def norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    seed: Tensor | None,
+    call: NormCall,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The norm operator with autograd: ``(y, mean, var)``. Inputs are dense and laid out alike."""
+    if torch.compiler.is_compiling():
+        return NormFunction.apply(x, weight, bias, residual, mean, var, seed, call)
+    assert _build.module is not None
+    return _build.module.norm(x, weight, bias, residual, mean, var, seed, *call)
+
+
+def add_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    call: NormCall,
+) -> tuple[Tensor, Tensor]:
+    """``sum = residual + dropout(x)`` and ``y = norm(sum)`` with autograd: ``(y, sum)``."""
+    if torch.compiler.is_compiling():
+        y, total, *_ = AddNormFunction.apply(x, residual, weight, bias, seed, call)
+        return y, total
+    assert _build.module is not None
+    return _build.module.add_norm(
+        x, residual, weight, bias, seed, *call[:4], call.dropout_p
+    )
+
+
+def laid_out(t: Tensor, x: Tensor) -> Tensor:
+    """`t` in the memory order of the dense tensor `x`: a copy unless it is; differentiable."""
+    if t.stride() == x.stride() and t.dtype == x.dtype:
+        return t
+    order = _reference.memory_order(x)
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return t.to(x.dtype).permute(order).contiguous().permute(inverse)
+
+
+class NormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, residual, mean, var, seed, call):  # type: ignore[no-untyped-def]
+        frozen = var is not None
+        y, new_mean, new_var = torch.ops.fastnorm.norm_fwd(
+            x, weight, bias, residual, mean, var, seed, *call
+        )
+        ctx.call, ctx.frozen = call, frozen
+        kept = residual if call.activation else None
+        stats = (mean, var) if frozen else (new_mean, new_var)
+        ctx.save_for_backward(x, weight, bias, kept, *stats, seed)
+        ctx.mark_non_differentiable(new_mean, new_var)
+        return y, new_mean, new_var
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor | None):  # type: ignore[no-untyped-def]
+        x, weight, bias, residual, mean, var, seed = ctx.saved_tensors
+        call: NormCall = ctx.call
+        needs = list(ctx.needs_input_grad[:4])
+        if torch.is_grad_enabled():
+            stats = (mean, var) if ctx.frozen else (None, None)
+            grads = differentiable_vjp(
+                False, [grad], [x, weight, bias, residual], *stats, seed, *call, needs
+            )
+            return *grads, None, None, None, None
+        epilogue = bool(call.activation) or seed is not None
+        mask = [*needs[:3], needs[3] and epilogue]
+        dx, dw, db, dr = torch.ops.fastnorm.norm_bwd(
+            laid_out(grad, x), x, weight, bias, residual, mean, var, seed,
+            *call[:2], ctx.frozen, *call[2:], mask,
+        )  # fmt: skip
+        return (
+            dx if needs[0] else None,
+            dw.view(weight.shape) if needs[1] else None,
+            db.view(bias.shape) if needs[2] else None,
+            (dr if epilogue else grad) if needs[3] else None,
+            None, None, None, None,
+        )  # fmt: skip
+
+
+class AddNormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, residual, weight, bias, seed, call):  # type: ignore[no-untyped-def]
+        y, total, mean, var = torch.ops.fastnorm.add_norm_fwd(
+            x, residual, weight, bias, seed, *call[:4], call.dropout_p
+        )
+        ctx.call = call
+        ctx.save_for_backward(total, weight, bias, mean, var, seed)
+        ctx.mark_non_differentiable(mean, var)
+        return y, total, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_sum: Tensor, *_: Tensor | None):  # type: ignore[no-untyped-def]
+        total, weight, bias, mean, var, seed = ctx.saved_tensors
+        call: NormCall = ctx.call
+        needs = list(ctx.needs_input_grad[:4])
+        if torch.is_grad_enabled():
+            grads = differentiable_vjp(
+                True, [grad, grad_sum], [total, weight, bias], None, None, seed, *call, needs
+            )
+            return *grads, None, None
+        dropout = seed is not None
+        mask = [needs[0] and dropout, needs[2], needs[3], needs[1] or (needs[0] and not dropout)]
+        dx, dw, db, dr = torch.ops.fastnorm.add_norm_bwd(
+            laid_out(grad, total), laid_out(grad_sum, total), total, weight, mean, var,
+            seed, *call[:4], call.dropout_p, mask,
+        )  # fmt: skip
+        return (
+            (dx if dropout else dr) if needs[0] else None,
+            dr if needs[1] else None,
+            dw.view(weight.shape).to(weight.dtype) if needs[2] else None,
+            db.view(bias.shape).to(bias.dtype) if needs[3] else None,
+            None, None,
+        )  # fmt: skip
+
+
+def differentiable_vjp(
+    prologue: bool,
+    grads: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+    mean: Tensor | None,
+    var: Tensor | None,
+    seed: Tensor | None,
+    view: Sequence[int],
+    statistic: int,
+    eps: float,
+    weight_offset: float,
+    activation: int,
+    dropout_p: float,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of a norm as a differentiable function of its inputs and `grads`.
+
+    `inputs` are (x, weight, bias, residual), and `needs` says which are asked for; with `prologue`
+    they are (sum, weight, bias), and `needs` is for (x, residual, weight, bias). The C++ nodes call
+    this when a backward pass is recorded (``create_graph=True``).
+    """
+    with torch.enable_grad():
+        x, weight, bias = inputs[:3]
+        assert x is not None
+        residual = None if prologue else inputs[3]
+        keep, scale = None, 1.0
+        if seed is not None:
+            keep = _philox.keep_mask(x.numel(), seed, dropout_p)
+            scale = _philox.scale(dropout_p)
+        y = _reference.norm_by_view(
+            x, weight, bias, residual, mean, var, None if prologue else keep, view,
+            statistic=statistic, eps=eps, weight_offset=weight_offset, activation=activation,
+            scale=scale,
+        )  # fmt: skip
+        wanted = [*needs[:3], needs[3] and residual is not None]
+        if prologue:
+            wanted = [needs[0] or needs[1], needs[2], needs[3]]
+        sources = [t for t, want in zip(inputs, wanted, strict=False) if want and t is not None]
+        found: list[Tensor | None] = [None] * len(sources)
+        if grads[0] is not None and sources:
+            found = list(
+                torch.autograd.grad(y, sources, grads[0], create_graph=True, allow_unused=True)
+            )
+        rest = iter(found)
+        out: list[Tensor | None] = [next(rest) if want else None for want in wanted]
+        if not prologue:
+            # The residual is only kept where an activation follows it. Where none does, its
+            # gradient is that of the dropped output.
+            if needs[3] and residual is None and grads[0] is not None:
+                out[3] = grads[0]
+                if keep is not None:
+                    flat = _reference.drop(_reference.flatten(laid_out(grads[0], x)), keep, scale)
+                    out[3] = _reference.unflatten(flat, x)
+            return out
+        total = out[0]
+        if len(grads) > 1 and grads[1] is not None and wanted[0]:
+            total = grads[1] if total is None else total + grads[1]
+        dx = total if needs[0] else None
+        if dx is not None and keep is not None:
+            flat = _reference.drop(_reference.flatten(laid_out(dx, x)), keep, scale)
+            dx = _reference.unflatten(flat, x)
+        return [dx, total if needs[1] else None, *out[1:]]
+
+
+_fakes_registered = False
+
+
+def register_fakes() -> bool:
+    """Load the kernels and describe their outputs to the compiler; False where there are none."""
+    global _fakes_registered
+    if _build.load() is None:
+        return False
+    if not _fakes_registered:
+        for name, fake in _FAKES.items():
+            torch.library.register_fake(f"fastnorm::{name}", fake)
+        _fakes_registered = True
+    return True
+
+
+def _statistic_like(x: Tensor, view: Sequence[int], wanted: bool) -> Tensor:
+    shape = (view[0], view[2]) if wanted else (0,)
+    dtype = _reference.accumulate_dtype(x.dtype) if wanted else x.dtype
+    return x.new_empty(shape, dtype=dtype)
+
+
+def _fake_norm_fwd(x, weight, bias, residual, mean, var, seed, view, statistic, *_):  # type: ignore[no-untyped-def]
+    own = var is None
+    centered = statistic == _reference.MEAN_VAR
+    return (
+        torch.empty_like(x),
+        _statistic_like(x, view, own and centered),
+        _statistic_like(x, view, own),
+    )
+
+
+def _fake_add_norm_fwd(x, residual, weight, bias, seed, view, statistic, *_):  # type: ignore[no-untyped-def]
+    y, mean, var = _fake_norm_fwd(x, weight, bias, residual, None, None, seed, view, statistic)
+    return y, torch.empty_like(x), mean, var
+
+
+def _fake_gradients(x, weight, bias, view, mask):  # type: ignore[no-untyped-def]
+    none = x.new_empty(0)
+    inner = view[4]
+    channels = view[1] if inner == 0 else view[2] * (view[3] // inner)
+
+    def per_channel(p: Tensor | None) -> Tensor:
+        dtype = _reference.accumulate_dtype(x.dtype) if p is None else p.dtype
+        return x.new_empty(channels, dtype=dtype)
+
+    return (
+        torch.empty_like(x) if mask[0] else none,
+        per_channel(weight) if mask[1] else none,
+        per_channel(bias) if mask[2] else none,
+        torch.empty_like(x) if mask[3] else none,
+    )
+
+
+def _fake_norm_bwd(grad, x, weight, bias, residual, mean, var, seed, view, *rest):  # type: ignore[no-untyped-def]
+    return _fake_gradients(x, weight, bias, view, rest[-1])
+
+
+def _fake_add_norm_bwd(grad, grad_sum, total, weight, mean, var, seed, view, *rest):  # type: ignore[no-untyped-def]
+    return _fake_gradients(total, weight, None, view, rest[-1])
+
+
+_FAKES = {
+    "norm_fwd": _fake_norm_fwd,
+    "norm_bwd": _fake_norm_bwd,
+    "add_norm_fwd": _fake_add_norm_fwd,
+    "add_norm_bwd": _fake_add_norm_bwd,
+}
