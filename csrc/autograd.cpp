@@ -50,11 +50,11 @@ Four call_norm_bwd(const at::Tensor& dy, const at::Tensor& x, const OptionalTens
                    const OptionalTensor& bias, const OptionalTensor& residual,
                    const OptionalTensor& mean, const at::Tensor& var, const OptionalTensor& seed,
                    const NormCall& c, bool frozen, std::array<bool, 4> mask) {
-  static const auto handle = op<Four(
-      const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
-      const OptionalTensor&, const OptionalTensor&, const at::Tensor&, const OptionalTensor&,
-      c10::SymIntArrayRef, int64_t, bool, double, double, int64_t, double, std::array<bool, 4>)>(
-      "fastnorm::norm_bwd");
+  static const auto handle =
+      op<Four(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
+              const OptionalTensor&, const OptionalTensor&, const at::Tensor&,
+              const OptionalTensor&, c10::SymIntArrayRef, int64_t, bool, double, double, int64_t,
+              double, std::array<bool, 4>)>("fastnorm::norm_bwd");
   return handle.call(dy, x, weight, bias, residual, mean, var, seed,
                      c10::fromIntArrayRefUnchecked(c.view), c.statistic, frozen, c.eps,
                      c.weight_offset, c.activation, c.dropout_p, mask);
@@ -71,18 +71,16 @@ Four call_add_norm_fwd(const at::Tensor& x, const at::Tensor& residual,
                      c.statistic, c.eps, c.weight_offset, c.dropout_p);
 }
 
-Four call_add_norm_bwd(const OptionalTensor& dy, const OptionalTensor& dsum,
-                       const at::Tensor& sum, const OptionalTensor& weight,
-                       const OptionalTensor& mean, const at::Tensor& var,
-                       const OptionalTensor& seed, const NormCall& c, std::array<bool, 4> mask) {
-  static const auto handle =
-      op<Four(const OptionalTensor&, const OptionalTensor&, const at::Tensor&,
-              const OptionalTensor&, const OptionalTensor&, const at::Tensor&,
-              const OptionalTensor&, c10::SymIntArrayRef, int64_t, double, double, double,
-              std::array<bool, 4>)>("fastnorm::add_norm_bwd");
-  return handle.call(dy, dsum, sum, weight, mean, var, seed,
-                     c10::fromIntArrayRefUnchecked(c.view), c.statistic, c.eps, c.weight_offset,
-                     c.dropout_p, mask);
+Four call_add_norm_bwd(const OptionalTensor& dy, const OptionalTensor& dsum, const at::Tensor& sum,
+                       const OptionalTensor& weight, const OptionalTensor& mean,
+                       const at::Tensor& var, const OptionalTensor& seed, const NormCall& c,
+                       std::array<bool, 4> mask) {
+  static const auto handle = op<Four(
+      const OptionalTensor&, const OptionalTensor&, const at::Tensor&, const OptionalTensor&,
+      const OptionalTensor&, const at::Tensor&, const OptionalTensor&, c10::SymIntArrayRef, int64_t,
+      double, double, double, std::array<bool, 4>)>("fastnorm::add_norm_bwd");
+  return handle.call(dy, dsum, sum, weight, mean, var, seed, c10::fromIntArrayRefUnchecked(c.view),
+                     c.statistic, c.eps, c.weight_offset, c.dropout_p, mask);
 }
 
 OptionalTensor optional(at::Tensor t) {
@@ -112,11 +110,11 @@ variable_list differentiable_vjp(bool prologue, const variable_list& grads,
     for (const auto& t : tensors) out.append(object(t));
     return out;
   };
-  py::object result = py::module_::import("fastnorm._ops")
-                          .attr("differentiable_vjp")(
-                              prologue, list(grads), list(inputs), object(mean), object(var),
-                              object(seed), py::cast(c.view), c.statistic, c.eps,
-                              c.weight_offset, c.activation, c.dropout_p, needs);
+  py::object result =
+      py::module_::import("fastnorm._ops")
+          .attr("differentiable_vjp")(prologue, list(grads), list(inputs), object(mean),
+                                      object(var), object(seed), py::cast(c.view), c.statistic,
+                                      c.eps, c.weight_offset, c.activation, c.dropout_p, needs);
   variable_list out;
   for (const py::handle item : result) {
     out.push_back(item.is_none() ? at::Tensor() : py::cast<at::Tensor>(item));
@@ -206,8 +204,7 @@ struct AddNormNode final : public Node {
       return differentiable_vjp(true, grads, {sum_, weight_, bias_}, {}, {}, seed, call, needs);
     }
     const bool dropout = seed.defined();
-    const at::Tensor dy =
-        grads[0].defined() ? laid_out_like(grads[0], sum_) : at::zeros_like(sum_);
+    const at::Tensor dy = grads[0].defined() ? laid_out_like(grads[0], sum_) : at::zeros_like(sum_);
     OptionalTensor dsum;
     if (grads[1].defined()) dsum = laid_out_like(grads[1], sum_);
     // Without dropout x and the residual have the same gradient, written once.
@@ -266,8 +263,8 @@ NormOutput norm(const at::Tensor& x, const OptionalTensor& weight, const Optiona
 
 std::tuple<at::Tensor, at::Tensor> add_norm(const at::Tensor& x, const at::Tensor& residual,
                                             const OptionalTensor& weight,
-                                            const OptionalTensor& bias,
-                                            const OptionalTensor& seed, const NormCall& call) {
+                                            const OptionalTensor& bias, const OptionalTensor& seed,
+                                            const NormCall& call) {
   using torch::autograd::compute_requires_grad;
   const at::Tensor w = value_or_undefined(weight), b = value_or_undefined(bias);
   decltype(make_node<AddNormNode>()) node;

@@ -34,8 +34,8 @@ NormOutput norm(const at::Tensor& x, const OptionalTensor& weight, const Optiona
 // (y, sum)
 std::tuple<at::Tensor, at::Tensor> add_norm(const at::Tensor& x, const at::Tensor& residual,
                                             const OptionalTensor& weight,
-                                            const OptionalTensor& bias,
-                                            const OptionalTensor& seed, const NormCall& call);
+                                            const OptionalTensor& bias, const OptionalTensor& seed,
+                                            const NormCall& call);
 
 // `t` with the strides of `x` (a copy unless it has them).
 at::Tensor laid_out_like(const at::Tensor& t, const at::Tensor& x);

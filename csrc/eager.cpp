@@ -75,7 +75,8 @@ int64_t normalized_numel(PyObject* shape, const at::Tensor& x, const at::Tensor&
   if (!PyTuple_Check(shape)) return -1;
   const int64_t dims = PyTuple_GET_SIZE(shape), offset = x.dim() - dims;
   if (dims == 0 || offset < 0) return -1;
-  if ((weight.defined() && weight.dim() != dims) || (bias.defined() && bias.dim() != dims)) return -1;
+  if ((weight.defined() && weight.dim() != dims) || (bias.defined() && bias.dim() != dims))
+    return -1;
   int64_t n = 1;
   for (int64_t i = 0; i < dims; ++i) {
     PyObject* item = PyTuple_GET_ITEM(shape, i);
@@ -126,8 +127,8 @@ py::object row_norm(const py::handle& input, const py::handle& normalized_shape,
                     int64_t statistic, double weight_offset, int64_t activation,
                     const py::handle& residual) {
   at::Tensor x, w, b, r;
-  if (!undisturbed() || activation < 0 || !plain_tensor(input.ptr(), x) ||
-      !x.defined() || !plain_tensor(weight.ptr(), w) || !plain_tensor(bias.ptr(), b) ||
+  if (!undisturbed() || activation < 0 || !plain_tensor(input.ptr(), x) || !x.defined() ||
+      !plain_tensor(weight.ptr(), w) || !plain_tensor(bias.ptr(), b) ||
       !plain_tensor(residual.ptr(), r)) {
     return py::none();
   }
@@ -160,7 +161,8 @@ py::object add_row_norm(const py::handle& input, const py::handle& residual,
   }
   const int64_t n = normalized_numel(normalized_shape.ptr(), x, w, b);
   const double eps = read_eps(eps_arg.ptr(), x);
-  if (n <= 0 || !(eps >= 0) || !parameter_fits(w, x, n) || !parameter_fits(b, x, n)) return py::none();
+  if (n <= 0 || !(eps >= 0) || !parameter_fits(w, x, n) || !parameter_fits(b, x, n))
+    return py::none();
   NormCall call = row_call(x, n, statistic, eps);
   call.weight_offset = weight_offset;
   at::Tensor y, sum;
@@ -183,13 +185,10 @@ std::tuple<at::Tensor, OptionalTensor, OptionalTensor> any_norm(
   return {out.y, out.mean, out.var};
 }
 
-std::tuple<at::Tensor, at::Tensor> any_add_norm(const at::Tensor& x, const at::Tensor& residual,
-                                                const OptionalTensor& weight,
-                                                const OptionalTensor& bias,
-                                                const OptionalTensor& seed,
-                                                std::array<int64_t, 6> view, int64_t statistic,
-                                                double eps, double weight_offset,
-                                                double dropout_p) {
+std::tuple<at::Tensor, at::Tensor> any_add_norm(
+    const at::Tensor& x, const at::Tensor& residual, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& seed, std::array<int64_t, 6> view,
+    int64_t statistic, double eps, double weight_offset, double dropout_p) {
   py::gil_scoped_release release;
   return add_norm(x, residual, weight, bias, seed,
                   {view, statistic, eps, weight_offset, 0, dropout_p});

@@ -44,8 +44,8 @@ void visit_dtype(at::ScalarType dtype, F&& f) {
 }
 
 inline NormConfig to_config(at::IntArrayRef view, int64_t statistic, bool frozen, bool prologue,
-                            double eps, double weight_offset, int64_t activation,
-                            double dropout_p, const OptionalTensor& seed) {
+                            double eps, double weight_offset, int64_t activation, double dropout_p,
+                            const OptionalTensor& seed) {
   NormConfig c;
   c.view = to_view(view);
   c.statistic = static_cast<Statistic>(statistic);

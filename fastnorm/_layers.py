@@ -1,4 +1,4 @@
-"""What layer norm and RMS norm share: trailing dimensions, one dimension, the fused residual add."""
+"""What layer and RMS norm share: trailing dimensions, one dimension, the fused residual add."""
 
 from __future__ import annotations
 
@@ -108,7 +108,9 @@ def keep_like(x: Tensor, seed: Tensor | None, p: float) -> tuple[Tensor | None, 
     return (_reference.unflatten(keep, x) if dense else keep.view(x.shape)), _philox.scale(p)
 
 
-def draw(input: Tensor, p: float, training: bool, generator: torch.Generator | None) -> Tensor | None:
+def draw(
+    input: Tensor, p: float, training: bool, generator: torch.Generator | None
+) -> Tensor | None:
     """A seed where something is to be dropped; None, and nothing drawn, otherwise."""
     check_probability("dropout_p", p)
     return _philox.draw_seed(input, generator) if training and p > 0 else None
@@ -140,7 +142,9 @@ def layer(
     check_eps(eps)
     code = activation_code(activation)
     seed = draw(input, dropout_p, training, generator)
-    call = NormCall((0,) * 6, statistic, eps, weight_offset, code, dropout_p if seed is not None else 0.0)
+    call = NormCall(
+        (0,) * 6, statistic, eps, weight_offset, code, dropout_p if seed is not None else 0.0
+    )
     if not _ops.use_kernel(input, weight, bias, residual):
         return reference(input, shape, axis, weight, bias, residual, seed, call)
     x, view = view_of(input, shape, axis)

@@ -64,9 +64,7 @@ def use_kernel(input: Tensor, *others: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return (
-            _build.backend() == "kernel"
-            and not torch.compiler.is_exporting()
-            and register_fakes()
+            _build.backend() == "kernel" and not torch.compiler.is_exporting() and register_fakes()
         )
     if not is_plain(input, *others):
         return False
@@ -105,9 +103,7 @@ def add_norm(
         y, total, *_ = AddNormFunction.apply(x, residual, weight, bias, seed, call)
         return y, total
     assert _build.module is not None
-    return _build.module.add_norm(
-        x, residual, weight, bias, seed, *call[:4], call.dropout_p
-    )
+    return _build.module.add_norm(x, residual, weight, bias, seed, *call[:4], call.dropout_p)
 
 
 def laid_out(t: Tensor, x: Tensor) -> Tensor:
@@ -139,9 +135,9 @@ class NormFunction(torch.autograd.Function):
         call: NormCall = ctx.call
         needs = list(ctx.needs_input_grad[:4])
         if torch.is_grad_enabled():
-            stats = (mean, var) if ctx.frozen else (None, None)
+            m, v = (mean, var) if ctx.frozen else (None, None)
             grads = differentiable_vjp(
-                False, [grad], [x, weight, bias, residual], *stats, seed, *call, needs
+                False, [grad], [x, weight, bias, residual], m, v, seed, *call, needs
             )
             return *grads, None, None, None, None
         epilogue = bool(call.activation) or seed is not None

@@ -66,7 +66,8 @@ def drop(x: Tensor, keep: Tensor | None, scale: float) -> Tensor:
 
 def memory_order(x: Tensor) -> list[int]:
     """The dimensions of a dense tensor from the outermost in memory to the innermost."""
-    return sorted(range(x.dim()), key=lambda d: (-x.stride(d), d))
+    strides = x.stride()
+    return sorted(range(x.dim()), key=lambda d: (-strides[d], d))
 
 
 def flatten(x: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ def unflatten(flat: Tensor, like: Tensor) -> Tensor:
 
 
 def split_view(flat: Tensor, view: Sequence[int]) -> list[Tensor]:
-    """The blocks of ``csrc/common/norm.h``: [outer][reduce_outer][kept][reduce_inner], and a tail."""
+    """The blocks of ``csrc/common/norm.h``, [outer][reduce_outer][kept][reduce_inner] and tail."""
     outer, reduce_outer, kept, reduce_inner, _, tail = view
     if tail == reduce_outer or outer == 0:
         return [flat.view(outer, reduce_outer, kept, reduce_inner)]

@@ -1,7 +1,7 @@
 """What may follow a norm: activation, residual add, dropout, as names, numbers and formulas.
 
-The numbers are those of ``csrc/common/epilogue.h``. `ACTIVATIONS` holds each activation's number and
-its plain-PyTorch function; both are read by every norm and by dropout.
+The numbers are those of ``csrc/common/epilogue.h``. `ACTIVATIONS` holds each activation's number
+and its plain-PyTorch function; both are read by every norm and by dropout.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ def layer_norm(
             strides: a layout that is not dense is copied once.
         normalized_shape: the trailing sizes to normalize over; with `dim`, the size of that
             dimension.
-        weight, bias: of shape `normalized_shape`, each optional; float32, bfloat16 or float16 in any
-            combination with such an input, float64 with float64.
+        weight, bias: of shape `normalized_shape`, each optional; float32, bfloat16 or float16 in
+            any combination with such an input, float64 with float64.
         eps: added to the variance.
         dim: normalize over this one dimension instead, such as the channels (1) of an image in
             either memory format; nothing is permuted or copied.
@@ -71,14 +71,18 @@ def layer_norm(
         >>> fastnorm.layer_norm(x, (512,), weight, bias, activation="gelu").shape
         torch.Size([8, 128, 512])
     """
-    if dropout_p == 0.0 and dim is None and not torch.compiler.is_compiling():
-        if _build.module is not None:
-            code = ACTIVATION_CODES.get(activation, -1)
-            y = _build.module.row_norm(
-                input, normalized_shape, weight, bias, eps, MEAN_VAR, 0.0, code, residual
-            )
-            if y is not None:
-                return y
+    if (
+        dropout_p == 0.0
+        and dim is None
+        and not torch.compiler.is_compiling()
+        and _build.module is not None
+    ):
+        code = ACTIVATION_CODES.get(activation, -1)
+        y = _build.module.row_norm(
+            input, normalized_shape, weight, bias, eps, MEAN_VAR, 0.0, code, residual
+        )
+        if y is not None:
+            return y
     if torch.overrides.has_torch_function((input, weight, bias, residual)):
         return torch.overrides.handle_torch_function(
             layer_norm,
@@ -137,8 +141,8 @@ def add_layer_norm(
         generator: draws dropout's seed in place of the default generator.
 
     Returns:
-        ``(output, residual_out)``, of the input's shape and dtype. A 16-bit sum is rounded before it
-        is normalized, as the separate operations would.
+        ``(output, residual_out)``, of the input's shape and dtype. A 16-bit sum is rounded before
+        it is normalized, as the separate operations would.
 
     Raises:
         RuntimeError, ValueError, TypeError: as `layer_norm`.
@@ -147,13 +151,12 @@ def add_layer_norm(
         >>> x, residual = torch.randn(2, 4, 64, 512).unbind()
         >>> y, residual = fastnorm.add_layer_norm(x, residual, (512,), dropout_p=0.1)
     """
-    if dropout_p == 0.0 and not torch.compiler.is_compiling():
-        if _build.module is not None:
-            both = _build.module.add_row_norm(
-                input, residual, normalized_shape, weight, bias, eps, MEAN_VAR, 0.0
-            )
-            if both is not None:
-                return both
+    if dropout_p == 0.0 and not torch.compiler.is_compiling() and _build.module is not None:
+        both = _build.module.add_row_norm(
+            input, residual, normalized_shape, weight, bias, eps, MEAN_VAR, 0.0
+        )
+        if both is not None:
+            return both
     if torch.overrides.has_torch_function((input, residual, weight, bias)):
         return torch.overrides.handle_torch_function(
             add_layer_norm,
@@ -220,12 +223,12 @@ class LayerNorm(torch.nn.LayerNorm):
     ) -> None:
         activation_code(activation)
         _layers.check_probability("dropout_p", dropout_p)
-        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)  # type: ignore[arg-type]
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         self.dim = dim
         self.activation = activation
         self.dropout_p = dropout_p
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return layer_norm(
             input,
             self.normalized_shape,
@@ -270,10 +273,12 @@ class AddLayerNorm(torch.nn.LayerNorm):
         dropout_p: float = 0.0,
     ) -> None:
         _layers.check_probability("dropout_p", dropout_p)
-        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)  # type: ignore[arg-type]
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         self.dropout_p = dropout_p
 
-    def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, input: Tensor, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return add_layer_norm(
             input,
             residual,

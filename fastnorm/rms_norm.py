@@ -46,8 +46,8 @@ def rms_norm(
 ) -> Tensor:
     """RMS norm with what usually follows it, in one pass.
 
-    ``dropout(activation(input / sqrt(mean(input^2) + eps) * (weight + weight_offset) + residual))``,
-    as `torch.nn.functional.rms_norm` defines the norm.
+    ``dropout(activation(input / sqrt(mean(input^2) + eps) * (weight + weight_offset)
+    + residual))``, as `torch.nn.functional.rms_norm` defines the norm.
 
     Args:
         input: any shape that ends in `normalized_shape`; float32, float64, bfloat16 or float16. Any
@@ -56,8 +56,8 @@ def rms_norm(
             dimension.
         weight: of shape `normalized_shape`, optional; float32, bfloat16 or float16 in any
             combination with such an input, float64 with float64.
-        eps: added to the mean square. None: the machine epsilon of float32 (of float64 for float64),
-            which is what torch uses.
+        eps: added to the mean square. None: the machine epsilon of float32 (of float64 for
+            float64), which is what torch uses.
         dim: normalize over this one dimension instead, such as the channels (1) of an image in
             either memory format; nothing is permuted or copied.
         weight_offset: added to the weight in float32: 1.0 for models that store ``weight - 1``
@@ -83,22 +83,26 @@ def rms_norm(
         >>> fastnorm.rms_norm(x, (512,), torch.ones(512)).shape
         torch.Size([8, 128, 512])
     """
-    if dropout_p == 0.0 and dim is None and not torch.compiler.is_compiling():
-        if _build.module is not None:
-            code = ACTIVATION_CODES.get(activation, -1)
-            y = _build.module.row_norm(
-                input,
-                normalized_shape,
-                weight,
-                None,
-                eps,
-                MEAN_SQUARE,
-                weight_offset,
-                code,
-                residual,
-            )
-            if y is not None:
-                return y
+    if (
+        dropout_p == 0.0
+        and dim is None
+        and not torch.compiler.is_compiling()
+        and _build.module is not None
+    ):
+        code = ACTIVATION_CODES.get(activation, -1)
+        y = _build.module.row_norm(
+            input,
+            normalized_shape,
+            weight,
+            None,
+            eps,
+            MEAN_SQUARE,
+            weight_offset,
+            code,
+            residual,
+        )
+        if y is not None:
+            return y
     if torch.overrides.has_torch_function((input, weight, residual)):
         return torch.overrides.handle_torch_function(
             rms_norm,
@@ -158,8 +162,8 @@ def add_rms_norm(
         generator: draws dropout's seed in place of the default generator.
 
     Returns:
-        ``(output, residual_out)``, of the input's shape and dtype. A 16-bit sum is rounded before it
-        is normalized, as the separate operations would.
+        ``(output, residual_out)``, of the input's shape and dtype. A 16-bit sum is rounded before
+        it is normalized, as the separate operations would.
 
     Raises:
         RuntimeError, ValueError, TypeError: as `rms_norm`.
@@ -168,13 +172,12 @@ def add_rms_norm(
         >>> x, residual = torch.randn(2, 4, 64, 512).unbind()
         >>> y, residual = fastnorm.add_rms_norm(x, residual, (512,), torch.ones(512))
     """
-    if dropout_p == 0.0 and not torch.compiler.is_compiling():
-        if _build.module is not None:
-            both = _build.module.add_row_norm(
-                input, residual, normalized_shape, weight, None, eps, MEAN_SQUARE, weight_offset
-            )
-            if both is not None:
-                return both
+    if dropout_p == 0.0 and not torch.compiler.is_compiling() and _build.module is not None:
+        both = _build.module.add_row_norm(
+            input, residual, normalized_shape, weight, None, eps, MEAN_SQUARE, weight_offset
+        )
+        if both is not None:
+            return both
     if torch.overrides.has_torch_function((input, residual, weight)):
         return torch.overrides.handle_torch_function(
             add_rms_norm,
@@ -245,7 +248,7 @@ class RMSNorm(torch.nn.RMSNorm):
         activation_code(activation)
         _layers.check_probability("dropout_p", dropout_p)
         self.weight_offset = weight_offset
-        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)  # type: ignore[arg-type]
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         self.dim = dim
         self.activation = activation
         self.dropout_p = dropout_p
@@ -253,7 +256,7 @@ class RMSNorm(torch.nn.RMSNorm):
     def reset_parameters(self) -> None:
         _reset_weight(self)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return rms_norm(
             input,
             self.normalized_shape,
@@ -300,13 +303,15 @@ class AddRMSNorm(torch.nn.RMSNorm):
     ) -> None:
         _layers.check_probability("dropout_p", dropout_p)
         self.weight_offset = weight_offset
-        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)  # type: ignore[arg-type]
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         self.dropout_p = dropout_p
 
     def reset_parameters(self) -> None:
         _reset_weight(self)
 
-    def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, input: Tensor, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return add_rms_norm(
             input,
             residual,

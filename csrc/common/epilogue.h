@@ -14,14 +14,14 @@ namespace fastnorm {
 template <typename V>
 struct Math;
 
-#define FASTNORM_SCALAR_MATH(T, suffix)                                                       \
-  template <>                                                                                 \
-  struct Math<T> {                                                                            \
-    static FASTNORM_HD T exp(T x) { return ::exp##suffix(x); }                                \
-    static FASTNORM_HD T erf(T x) { return ::erf##suffix(x); }                                \
-    static FASTNORM_HD T tanh(T x) { return ::tanh##suffix(x); }                              \
-    /* a where x <= 0, otherwise (and for NaN) b */                                           \
-    static FASTNORM_HD T where_nonpositive(T x, T a, T b) { return x <= T(0) ? a : b; }       \
+#define FASTNORM_SCALAR_MATH(T, suffix)                                                 \
+  template <>                                                                           \
+  struct Math<T> {                                                                      \
+    static FASTNORM_HD T exp(T x) { return ::exp##suffix(x); }                          \
+    static FASTNORM_HD T erf(T x) { return ::erf##suffix(x); }                          \
+    static FASTNORM_HD T tanh(T x) { return ::tanh##suffix(x); }                        \
+    /* a where x <= 0, otherwise (and for NaN) b */                                     \
+    static FASTNORM_HD T where_nonpositive(T x, T a, T b) { return x <= T(0) ? a : b; } \
   };
 FASTNORM_SCALAR_MATH(float, f)
 FASTNORM_SCALAR_MATH(double, )

@@ -11,7 +11,8 @@
 
 namespace fastnorm::cpu {
 
-// Elements of a chunk: with three scratch rows of float it leaves half of a 32 KB L1 to the tensors.
+// Elements of a chunk: with three scratch rows of float it leaves half of a 32 KB L1 to the
+// tensors.
 constexpr int64_t kChunk = 512;
 
 template <typename T>
@@ -38,9 +39,8 @@ inline void activate_chunk(Activation activation, A* values, int64_t n) {
   if (activation == Activation::None) return;
   visit_activation(activation, [&](auto f) {
     using F = decltype(f);
-    for_each_wide<A>(n, [&](auto tag, int64_t i) {
-      store(tag, values + i, F::forward(load(tag, values + i)));
-    });
+    for_each_wide<A>(
+        n, [&](auto tag, int64_t i) { store(tag, values + i, F::forward(load(tag, values + i))); });
   });
 }
 

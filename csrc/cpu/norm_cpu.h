@@ -23,9 +23,9 @@ struct NormForward {
   const acc_t<T>* weight;
   const acc_t<T>* bias;
   T* y;
-  T* sum;           // prologue only: residual + dropout(x)
-  acc_t<T>* mean;   // [outer][kept]; outputs, or inputs when the statistics are frozen.
-  acc_t<T>* var;    // never null; mean is null for MeanSquare
+  T* sum;          // prologue only: residual + dropout(x)
+  acc_t<T>* mean;  // [outer][kept]; outputs, or inputs when the statistics are frozen.
+  acc_t<T>* var;   // never null; mean is null for MeanSquare
 };
 
 template <typename T>

@@ -68,8 +68,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_fwd(
     const OptionalTensor& seed, at::IntArrayRef view, int64_t statistic, double eps,
     double weight_offset, int64_t activation, double dropout_p) {
   const bool frozen = has(var_in);
-  const NormConfig config = to_config(view, statistic, frozen, false, eps, weight_offset,
-                                      activation, dropout_p, seed);
+  const NormConfig config =
+      to_config(view, statistic, frozen, false, eps, weight_offset, activation, dropout_p, seed);
   check_operands(x, config.view, {residual}, {weight, bias});
   at::Tensor y = at::empty_like(x);
   const bool centered = config.statistic == Statistic::MeanVar;
@@ -90,8 +90,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_fwd(
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_norm_fwd(
     const at::Tensor& x, const at::Tensor& residual, const OptionalTensor& weight,
-    const OptionalTensor& bias, const OptionalTensor& seed, at::IntArrayRef view,
-    int64_t statistic, double eps, double weight_offset, double dropout_p) {
+    const OptionalTensor& bias, const OptionalTensor& seed, at::IntArrayRef view, int64_t statistic,
+    double eps, double weight_offset, double dropout_p) {
   const NormConfig config =
       to_config(view, statistic, false, true, eps, weight_offset, 0, dropout_p, seed);
   check_operands(x, config.view, {residual}, {weight, bias});
@@ -103,11 +103,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_norm_fwd(
     using T = decltype(zero);
     using A = acc_t<T>;
     const Parameter<A> w(weight, weight_offset, x), b(bias, 0.0, x);
-    row_norm_fwd(NormForward<T>{config, x.const_data_ptr<T>(), residual.const_data_ptr<T>(),
-                                w.get(), b.get(), y.mutable_data_ptr<T>(),
-                                sum.mutable_data_ptr<T>(),
-                                centered ? mean.mutable_data_ptr<A>() : nullptr,
-                                var.mutable_data_ptr<A>()});
+    row_norm_fwd(
+        NormForward<T>{config, x.const_data_ptr<T>(), residual.const_data_ptr<T>(), w.get(),
+                       b.get(), y.mutable_data_ptr<T>(), sum.mutable_data_ptr<T>(),
+                       centered ? mean.mutable_data_ptr<A>() : nullptr, var.mutable_data_ptr<A>()});
   });
   return {std::move(y), std::move(sum), std::move(mean), std::move(var)};
 }
@@ -155,16 +154,15 @@ Gradients norm_bwd(const at::Tensor& dy, const at::Tensor& x, const OptionalTens
                    at::IntArrayRef view, int64_t statistic, bool frozen, double eps,
                    double weight_offset, int64_t activation, double dropout_p,
                    std::array<bool, 4> mask) {
-  const NormConfig config = to_config(view, statistic, frozen, false, eps, weight_offset,
-                                      activation, dropout_p, seed);
+  const NormConfig config =
+      to_config(view, statistic, frozen, false, eps, weight_offset, activation, dropout_p, seed);
   return run_backward(config, dy, {}, x, weight, bias, residual, mean, var, mask);
 }
 
-Gradients add_norm_bwd(const OptionalTensor& dy, const OptionalTensor& dsum,
-                       const at::Tensor& sum, const OptionalTensor& weight,
-                       const OptionalTensor& mean, const at::Tensor& var,
-                       const OptionalTensor& seed, at::IntArrayRef view, int64_t statistic,
-                       double eps, double weight_offset, double dropout_p,
+Gradients add_norm_bwd(const OptionalTensor& dy, const OptionalTensor& dsum, const at::Tensor& sum,
+                       const OptionalTensor& weight, const OptionalTensor& mean,
+                       const at::Tensor& var, const OptionalTensor& seed, at::IntArrayRef view,
+                       int64_t statistic, double eps, double weight_offset, double dropout_p,
                        std::array<bool, 4> mask) {
   const NormConfig config =
       to_config(view, statistic, false, true, eps, weight_offset, 0, dropout_p, seed);

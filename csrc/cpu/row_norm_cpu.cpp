@@ -90,9 +90,8 @@ struct Row {
 
   // xhat of columns [first, first + n)
   void center(const T* x, int64_t n, A* xhat) const {
-    for_each_wide<A>(n, [&](auto tag, int64_t i) {
-      store(tag, xhat + i, (load(tag, x + i) - mean) * rstd);
-    });
+    for_each_wide<A>(
+        n, [&](auto tag, int64_t i) { store(tag, xhat + i, (load(tag, x + i) - mean) * rstd); });
   }
 
   // out = xhat * weight + bias, in one rounding; the backward pass repeats it bit for bit.
@@ -129,8 +128,8 @@ Row<T> make_row(const NormConfig& c, int64_t row, RowStats<T> s, const acc_t<T>*
                 const acc_t<T>* bias) {
   using A = acc_t<T>;
   const int64_t first_channel = (row % c.view.kept) * c.view.channels_per_kept();
-  return {c.view, first_channel, s.mean, A(1) / std::sqrt(s.var + static_cast<A>(c.eps)), weight,
-          bias};
+  return {c.view, first_channel, s.mean, A(1) / std::sqrt(s.var + static_cast<A>(c.eps)),
+          weight, bias};
 }
 
 // y = xhat * weight + bias with nothing after it and one parameter per column: no scratch.
@@ -264,9 +263,8 @@ void times_weight(const Row<T>& row, const acc_t<T>* d, int64_t first, int64_t n
   }
   for_each_channel(first, n, row.view.inner, [&](int64_t at, int64_t count, int64_t channel) {
     const A w = row.weight ? row.weight[row.first_channel + channel] : A(1);
-    for_each_wide<A>(count, [&](auto tag, int64_t i) {
-      store(tag, g + at + i, load(tag, d + at + i) * w);
-    });
+    for_each_wide<A>(
+        count, [&](auto tag, int64_t i) { store(tag, g + at + i, load(tag, d + at + i) * w); });
   });
 }
 
@@ -344,8 +342,8 @@ void backward_row(const NormBackward<T>& p, int64_t index, ChannelSums<acc_t<T>>
     A* g = scratch.data() + first;
     times_weight(row, d, first, m, g);
     total.g += wide_sum<A>(m, [&](auto tag, int64_t i) { return load(tag, g + i); });
-    total.gx += wide_sum<A>(
-        m, [&](auto tag, int64_t i) { return load(tag, g + i) * load(tag, xhat + i); });
+    total.gx +=
+        wide_sum<A>(m, [&](auto tag, int64_t i) { return load(tag, g + i) * load(tag, xhat + i); });
   });
   if (!p.dx && !(c.prologue && p.dresidual)) return;
   const bool centered = c.statistic == Statistic::MeanVar;
