@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import datetime
 import functools
 import gc
@@ -59,9 +60,10 @@ from fastnorm._bench_report import format_shape, progress, save, show
 from fastnorm.status import status
 
 SCHEMA_VERSION = 1
-# Largest relative error, in the 2-norm over one tensor, between a contender and eager torch. It
-# tells a wrong formula from rounding and no more: accuracy is the tests' business.
-AGREEMENT = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2, "fp64": 1e-9}
+# Largest relative error of a result, in the 2-norm, against eager torch in float32 (float64 for
+# float64). It tells a wrong formula from rounding and no more: accuracy is the tests' business.
+AGREEMENT = {"fp32": 1e-3, "bf16": 2e-2, "fp16": 5e-3, "fp64": 1e-9}
+CHECKED_BYTES = 64 << 20
 HOST_TIMED_BYTES = 64 << 10
 
 
@@ -69,8 +71,11 @@ HOST_TIMED_BYTES = 64 << 10
 
 
 @contextlib.contextmanager
-def pages(kind: str) -> Iterator[str]:
+def pages(kind: str, touched_bytes: int = 0) -> Iterator[str]:
     """Makes malloc reuse touched memory ("reused") or map new pages per large tensor ("fresh").
+
+    For "reused", ``touched_bytes`` are touched first: an aligned request does not fit into the hole
+    that an equal one left, so that a heap without spare room keeps growing into new pages.
 
     Yields what will be measured: ``kind``, or "default" where malloc is not glibc's.
     """
@@ -84,6 +89,7 @@ def pages(kind: str) -> Iterator[str]:
     if kind == "reused":
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, -1)
+        torch.ones(touched_bytes, dtype=torch.uint8)
     else:
         mallopt(mmap_threshold, 128 << 10)
     try:
@@ -212,20 +218,39 @@ def contender_call(
 def disagreement(
     got: Sequence[Tensor], expected: Sequence[Tensor], dtype: str, random: bool
 ) -> str | None:
-    """Why results differ, or None; random ones need only be finite and of one shape."""
+    """Why results are wrong, or None; random ones need only be finite and of one shape."""
     if len(got) != len(expected):
         return f"{len(got)} results instead of {len(expected)}"
     for i, (a, b) in enumerate(zip(got, expected, strict=True)):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return f"result {i} is {a.dtype} {tuple(a.shape)}, not {b.dtype} {tuple(b.shape)}"
+        if a.shape != b.shape or a.dtype != DTYPES[dtype]:
+            return f"result {i} is {a.dtype} {tuple(a.shape)}, not {dtype} {tuple(b.shape)}"
+        if random:
+            if not bool(a.isfinite().all()):
+                return f"result {i} is not finite"
+            continue
         a, b = a.detach().double(), b.detach().double()
-        if not random:
-            error = float((a - b).norm() / b.norm().clamp_min(1e-30))
-            if not error <= AGREEMENT[dtype]:
-                return f"result {i} is off by {error:.1e} in the 2-norm"
-        elif not bool(a.isfinite().all()):
-            return f"result {i} is not finite"
+        error = float((a - b).norm() / b.norm().clamp_min(1e-30))
+        if not error <= AGREEMENT[dtype]:
+            return f"result {i} is off by {error:.1e} in the 2-norm"
     return None
+
+
+def check(cell: Cell, device: str) -> str | None:
+    """Compares fastnorm with eager torch in float32, on at most ``CHECKED_BYTES`` of the input.
+
+    Eager torch in the cell's own dtype is no reference: after 2048 rows its bfloat16 gradient of
+    layer norm's weight is off by 5 %.
+    """
+    op = OPS[cell.op]
+    rows = max(1, CHECKED_BYTES * cell.shape[0] // max(cell.input_bytes, 1))
+    cell = dataclasses.replace(cell, shape=(min(cell.shape[0], rows), *cell.shape[1:]))
+    inputs = make_inputs(cell, device)
+    exact = make_inputs(cell, device, torch.float64 if cell.dtype == "fp64" else torch.float32)
+    outputs = _tuple(op.torch(exact))
+    gradients = [torch.randn_like(output).to(inputs.x.dtype) for output in outputs]
+    call = contender_call(cell, exact, op.torch, [g.to(exact.x.dtype) for g in gradients])
+    got = contender_call(cell, inputs, op.fastnorm, gradients)()
+    return disagreement(got, call(), cell.dtype, op.random)
 
 
 def _contenders(cell: Cell, device: str, compile: bool) -> dict[str, Callable[[Inputs], Outputs]]:
@@ -280,7 +305,10 @@ def measure(
         "notes": [],
     }
     with contextlib.ExitStack() as stack:
-        record["pages"] = stack.enter_context(pages(cell.pages)) if device == "cpu" else "reused"
+        record["pages"] = "reused"  # what CUDA's caching allocator does
+        if device == "cpu":
+            touched = min(12 * cell.input_bytes, 2 << 30)
+            record["pages"] = stack.enter_context(pages(cell.pages, touched))
         samples, counts = _sample(cell, device, seconds, compile, min_rounds, record)
     for name, times in samples.items():
         record["contenders"][name] = summarize(times) | {"calls": counts[name]}
@@ -301,31 +329,32 @@ def _sample(
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     timer = Timer(device, host=cell.input_bytes <= HOST_TIMED_BYTES)
     record["clock"] = "host" if timer.host else "events"
-    inputs = make_inputs(cell, device)
-    with torch.no_grad():
-        gradients = [torch.randn_like(output) for output in _tuple(OPS[cell.op].torch(inputs))]
-    expected: tuple[Tensor, ...] = ()
+    try:
+        difference = check(cell, device)
+        inputs = make_inputs(cell, device)
+        with torch.no_grad():
+            outputs = _tuple(OPS[cell.op].torch(inputs))
+        gradients = [torch.randn_like(output) for output in outputs]
+        del outputs
+    except Exception as error:  # whatever stopped it goes into the table
+        difference = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    else:
+        record["wrong"] = difference is not None
+    if difference is not None:
+        record["notes"].append(f"fastnorm: {difference}")
+        return {}, {}
     calls: dict[str, Callable[[], object]] = {}
     for name, function in _contenders(cell, device, compile).items():
         call = contender_call(cell, inputs, function, gradients)
         try:
-            result = call()
-        except (
-            Exception
-        ) as error:  # a contender that can't run is a note in the table, whatever stopped it
+            call()
+            call()
+        except Exception as error:
             record["notes"].append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}")
-            continue
-        if name == "torch":
-            expected = result
-        elif difference := disagreement(result, expected, cell.dtype, OPS[cell.op].random):
-            record["notes"].append(f"{name}: wrong: {difference}")
-            record["wrong"] = record["wrong"] or name == "fastnorm"
-            continue
-        call()
-        calls[name] = call
+        else:
+            calls[name] = call
     if "fastnorm" not in calls:
         return {}, {}
-    del expected, result
     source = inputs.x.detach()
     target = torch.empty_like(source)
     calls["copy"] = functools.partial(target.copy_, source)

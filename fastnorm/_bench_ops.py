@@ -391,14 +391,17 @@ def minimal_bytes(cell: Cell, cache_bytes: int, on_cuda: bool = False) -> int:
     return forward if cell.direction == FORWARD else forward + backward
 
 
-def make_inputs(cell: Cell, device: str) -> Inputs:
-    """Random inputs, the same for the same cell; they require gradients where the cell trains."""
+def make_inputs(cell: Cell, device: str, compute: torch.dtype | None = None) -> Inputs:
+    """Random inputs, the same for the same cell; they require gradients where the cell trains.
+
+    With ``compute`` they are the cell's own values in that dtype.
+    """
     generator = torch.Generator(device).manual_seed(0)
     dtype = DTYPES[cell.dtype]
     op = OPS[cell.op]
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, generator=generator).to(dtype)
+        return torch.randn(shape, device=device, generator=generator).to(dtype).to(compute or dtype)
 
     def activation() -> Tensor:
         tensor = random(*cell.shape)
@@ -415,8 +418,8 @@ def make_inputs(cell: Cell, device: str) -> Inputs:
         residual=activation() if "residual" in op.leaves else x,
         weight=random(features),
         bias=random(features),
-        running_mean=torch.zeros(features, device=device, dtype=dtype),
-        running_var=torch.ones(features, device=device, dtype=dtype),
+        running_mean=torch.zeros(features, device=device, dtype=compute or dtype),
+        running_var=torch.ones(features, device=device, dtype=compute or dtype),
         groups=group_count(features),
     )
     if cell.direction == TRAIN:
