@@ -276,6 +276,9 @@ class Regularizer:
                      GroupLasso after the optimizer's. With Adam its step size is still ``lr``
         ===========  ==============================================================================
 
+        "decoupled" and "prox" take ``lr`` for the length of a step. With momentum μ, SGD's are
+        1 / (1 − μ) times longer in the long run, and the penalty that much weaker beside the loss.
+
         Constraints are met again after each step. Only parameters that the optimizer holds are
         touched, so several optimizers may share one regularizer.
 

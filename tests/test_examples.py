@@ -1,0 +1,53 @@
+"""Every example runs in its quick form, writes its picture and shows what it claims."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def sparse_regression(zeros: dict[str, int]) -> None:
+    assert zeros["lasso, L1 proximal"] > zeros["elastic net, proximal"] > 10
+    assert not any(count for name, count in zeros.items() if "proximal" not in name)
+
+
+def initialization(accuracies: dict[str, float]) -> None:
+    assert max(accuracies["normal(0, 0.01)"], accuracies["PyTorch's default"]) < 0.2
+    assert min(accuracies["init_ for selu"], accuracies["init_ for tanh"]) > 0.5
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    # The models are small: threads would wait for each other, the more so on a busy machine.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# Name of the file, what to expect of what its main() returns.
+CASES: list[tuple[str, Callable[[Any], None]]] = [
+    ("sparse_regression", sparse_regression),
+    ("initialization", initialization),
+]
+
+
+@pytest.mark.parametrize(("name", "expect"), CASES, ids=[name for name, _ in CASES])
+def test_example(name: str, expect: Callable[[Any], None], tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    picture = tmp_path / f"{name}.png"
+    expect(module.main(["--quick", "--output", str(picture)]))
+    assert picture.stat().st_size > 10_000
