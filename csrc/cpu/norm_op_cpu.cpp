@@ -39,7 +39,9 @@ class Parameter {
   const A* data_ = nullptr;
 };
 
-bool is_row(const View& view) { return view.reduce_outer == 1 && view.tail == 1; }
+bool is_row(const View& view) {
+  return view.reduce_outer == 1 && view.tail == 1 && view.inner != 0;
+}
 
 at::Tensor none_like(const at::Tensor& x) { return at::empty({0}, x.options()); }
 

@@ -1,0 +1,526 @@
+// The column form: an outer block is a matrix [rows][row_size], and a statistic is that of
+// reduce_inner neighbouring columns. Batch norm of NC and NHWC, batch norm of NCHW with small
+// planes, group and instance norm of NHWC.
+//
+// Rows are folded: `fold` of them side by side make one row of a matrix that is wide enough for
+// vectors, however narrow the tensor. The folded matrix is cut into chunks of rows, whose sums per
+// column merge in index order: over the folds, the chunks, then the columns of the statistic.
+//
+// What is visited as one piece, so that DRAM is read once, depends on the shape:
+//   samples   many outer blocks that fit in cache: one after the other, each thread its own
+//   columns   few rows: a range of columns fits in L2
+//   split     otherwise: all sums, then the map, backwards so that the cache still holds the end
+//
+// Backward, with d = x - mean, r = 1 / sqrt(var + eps), g the gradient of the norm, w the weight,
+// and n the elements of a statistic:
+//   dbias = sum(g), dweight = sum(r g d)   over the elements of a channel
+//   dx = r w g + c d + e,  c = -r^3 sum(w g d) / n,  e = -r sum(w g) / n
+#include "cpu/column_tiling.h"
+
+namespace fastnorm::cpu {
+namespace {
+
+template <typename T>
+class Forward {
+  using A = acc_t<T>;
+
+ public:
+  explicit Forward(const NormForward<T>& p) : p_(p), v_(p.config.view), t_(v_) {}
+
+  void run() {
+    const int64_t chunk_bytes = t_.chunk_rows * t_.width * static_cast<int64_t>(sizeof(T));
+    if (t_.visit == Visit::Samples) {
+      const int64_t bytes = v_.reduce_outer * t_.row * static_cast<int64_t>(sizeof(T));
+      parallel_tasks(v_.outer, bytes, [&](int64_t o) { visit(o, 0, t_.width); });
+    } else if (t_.visit == Visit::Columns) {
+      const int64_t tiles = t_.tiles();
+      parallel_tasks(v_.outer * tiles, t_.tile * v_.reduce_outer * int64_t(sizeof(T)),
+                     [&](int64_t task) {
+                       const int64_t first = task % tiles * t_.tile;
+                       visit(task / tiles, first, t_.tile_size(first));
+                     });
+    } else {
+      const auto columns = uninitialized<A>(v_.outer * Columns<A>::size(t_.width));
+      const auto of = [&](int64_t o) {
+        return Columns<A>(columns.get() + o * Columns<A>::size(t_.width), t_.width);
+      };
+      if (!p_.config.frozen) split_statistics(chunk_bytes);
+      for (int64_t o = 0; o < v_.outer; ++o) expand(o, 0, t_.width, of(o));
+      parallel_tasks_reversed(v_.outer * t_.chunks, chunk_bytes, [&](int64_t task) {
+        const int64_t o = task / t_.chunks;
+        map(Chunk(v_, t_, o, task % t_.chunks), 0, t_.width, of(o));
+      });
+    }
+  }
+
+ private:
+  int64_t partial_size() const { return 2 * t_.chunks * t_.row; }
+
+  void split_statistics(int64_t chunk_bytes) {
+    const auto partial = uninitialized<double>(v_.outer * partial_size());
+    const int64_t tiles = t_.tiles();
+    parallel_tasks(v_.outer * t_.chunks * tiles, chunk_bytes / tiles, [&](int64_t task) {
+      const int64_t first = task % tiles * t_.tile, block = task / tiles;
+      const int64_t o = block / t_.chunks;
+      chunk_moments(o, block % t_.chunks, first, t_.tile_size(first),
+                    partial.get() + o * partial_size());
+    });
+    at::parallel_for(0, v_.outer, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t o = begin; o < end; ++o) {
+        finish_statistics(o, 0, t_.row, partial.get() + o * partial_size());
+      }
+    });
+  }
+
+  // Statistics and output of columns [first, first + n) of block o.
+  void visit(int64_t o, int64_t first, int64_t n) {
+    Columns<A> columns(thread_scratch<A, Slot::Columns>(Columns<A>::size(t_.width)), t_.width);
+    if (!p_.config.frozen) {
+      double* partial = thread_scratch<double, Slot::Partial>(partial_size());
+      for (int64_t chunk = 0; chunk < t_.chunks; ++chunk) {
+        for (int64_t j = first; j < first + n; j += kTile) {
+          const int64_t size = t_.fold > 1 ? n : std::min(kTile, first + n - j);
+          chunk_moments(o, chunk, j, size, partial);
+          if (t_.fold > 1) break;
+        }
+      }
+      finish_statistics(o, first, t_.fold > 1 ? t_.row : n, partial);
+    }
+    expand(o, first, n, columns);
+    for (int64_t chunk = t_.chunks; chunk-- > 0;) {
+      map(Chunk(v_, t_, o, chunk), first, n, columns);
+    }
+  }
+
+  void expand(int64_t o, int64_t first, int64_t n, Columns<A> out) {
+    expand_columns(p_.config, t_, o, first, n, p_.mean, p_.var, p_.weight, p_.bias, out);
+  }
+
+  // Mean and squared deviations of the chunk, per column of a row, to `partial`.
+  void chunk_moments(int64_t o, int64_t index, int64_t first, int64_t n, double* partial) {
+    const Chunk chunk(v_, t_, o, index);
+    if (chunk.count == 0) return;
+    const bool centered = p_.config.statistic == Statistic::MeanVar;
+    const T* x = p_.x + chunk.offset + first;
+    A* shift = thread_scratch<A, Slot::Sums>(3 * n);
+    A *sum = shift + n, *square = shift + 2 * n;
+    if (chunk.full > 0) {
+      column_moments(x, t_.width, chunk.full, n, centered, shift, sum, square);
+      if (chunk.rest > 0)
+        add_moments<1>(x + chunk.full * t_.width, 0, chunk.rest, shift, sum, square);
+    } else {
+      column_moments(x, 0, std::min<int64_t>(chunk.rest, 1), chunk.rest, centered, shift, sum,
+                     square);
+    }
+    double* mean = partial + index * t_.row;
+    double* m2 = partial + (t_.chunks + index) * t_.row;
+    if (t_.fold == 1) {
+      return finish_moments(shift, sum, square, chunk.full, n, centered, mean + first, m2 + first);
+    }
+    double* folds = thread_scratch<double, Slot::Folds>(2 * t_.width);
+    const auto count = [&](int64_t f) { return chunk.full + (f * t_.row < chunk.rest); };
+    for (int64_t f = 0; f < t_.fold; ++f) {
+      const int64_t j = f * t_.row;
+      finish_moments(shift + j, sum + j, square + j, count(f), t_.row, centered, folds + j,
+                     folds + t_.width + j);
+    }
+    merge_pieces(t_.fold, t_.row, t_.row, count, folds, folds + t_.width);
+    std::copy_n(folds, t_.row, mean);
+    std::copy_n(folds + t_.width, t_.row, m2);
+  }
+
+  // From the chunks' moments of columns [first, first + n) of a row to mean and var of block o.
+  void finish_statistics(int64_t o, int64_t first, int64_t n, double* partial) {
+    double* mean = partial + first;
+    double* m2 = partial + t_.chunks * t_.row + first;
+    merge_pieces(
+        t_.chunks, t_.row, n, [&](int64_t i) { return Chunk(v_, t_, o, i).count; }, mean, m2);
+    const int64_t inner = v_.reduce_inner;
+    const double rows = static_cast<double>(v_.rows_of(o));
+    for (int64_t j = 0; j < n; j += inner) {
+      merge_pieces(inner, 1, 1, [&](int64_t) { return v_.rows_of(o); }, mean + j, m2 + j);
+    }
+    for (int64_t j = 0; j < n; j += inner) {
+      const int64_t k = o * v_.kept + (first + j) / inner;
+      if (p_.mean != nullptr) p_.mean[k] = static_cast<A>(mean[j]);
+      p_.var[k] = static_cast<A>(m2[j] / (rows * static_cast<double>(inner)));
+    }
+  }
+
+  void map(const Chunk& chunk, int64_t first, int64_t n, Columns<A> columns) {
+    const bool epilogue = has_epilogue(p_.config, p_.residual);
+    alignas(64) A values[kChunk + Wide<A>::kSize];
+    for (int64_t r = 0; r < chunk.rows(); ++r) {
+      const int64_t end = first + chunk.columns(r, first, n);
+      for (int64_t j0 = first; j0 < end; j0 += kChunk) {
+        const int64_t size = std::min(kChunk, end - j0);
+        const int64_t index = chunk.offset + r * t_.width + j0;
+        const T* x = p_.x + index;
+        const A *mean = columns.mean + j0, *scale = columns.scale + j0, *bias = columns.bias + j0;
+        const auto normalize = [&](auto* out) {
+          for_each_wide<A>(size, [&](auto tag, int64_t j) {
+            store(tag, out + j,
+                  fmadd(load(tag, x + j) - load(tag, mean + j), load(tag, scale + j),
+                        load(tag, bias + j)));
+          });
+        };
+        if (!epilogue) {
+          normalize(p_.y + index);
+        } else {
+          normalize(values);
+          finish_forward(p_.config, {index, size}, values, p_.residual, p_.y);
+        }
+      }
+    }
+  }
+
+  const NormForward<T>& p_;
+  const View& v_;
+  const Tiling t_;
+};
+
+template <typename T>
+class Backward {
+  using A = acc_t<T>;
+
+ public:
+  explicit Backward(const NormBackward<T>& p)
+      : p_(p), v_(p.config.view), t_(v_), epilogue_(has_backward_epilogue(p)) {
+    parameters_ = p.dweight != nullptr || p.dbias != nullptr;
+    sums_ = parameters_ || (p.dx != nullptr && !p.config.frozen);
+  }
+
+  void run() {
+    const int64_t chunk_bytes = 2 * t_.chunk_rows * t_.width * static_cast<int64_t>(sizeof(T));
+    if (t_.visit == Visit::Samples) {
+      const int64_t step = ceil_div(v_.outer, kSampleBlocks);
+      const int64_t blocks = ceil_div(v_.outer, step);
+      const int64_t bytes = 2 * v_.reduce_outer * t_.row * static_cast<int64_t>(sizeof(T));
+      start_parameters(blocks);
+      parallel_tasks(blocks, bytes * step, [&](int64_t block) {
+        for (int64_t o = block * step; o < std::min(v_.outer, (block + 1) * step); ++o) {
+          visit(o, 0, t_.width, block);
+        }
+      });
+      finish_parameters(blocks);
+    } else if (t_.visit == Visit::Columns) {
+      const int64_t tiles = t_.tiles();
+      start_parameters(v_.outer);
+      parallel_tasks(v_.outer * tiles, 2 * t_.tile * v_.reduce_outer * int64_t(sizeof(T)),
+                     [&](int64_t task) {
+                       const int64_t first = task % tiles * t_.tile;
+                       visit(task / tiles, first, t_.tile_size(first), task / tiles);
+                     });
+      finish_parameters(v_.outer);
+    } else {
+      split(chunk_bytes);
+    }
+  }
+
+ private:
+  int64_t partial_size() const { return 2 * t_.chunks * t_.row; }
+
+  void split(int64_t chunk_bytes) {
+    const auto memory = uninitialized<A>(v_.outer * Columns<A>::size(t_.width));
+    const auto of = [&](int64_t o) {
+      return Columns<A>(memory.get() + o * Columns<A>::size(t_.width), t_.width);
+    };
+    for (int64_t o = 0; o < v_.outer; ++o) expand(o, 0, t_.width, of(o));
+    if (sums_) {
+      const auto partial = uninitialized<double>(v_.outer * partial_size());
+      const int64_t tiles = t_.tiles();
+      parallel_tasks(v_.outer * t_.chunks * tiles, chunk_bytes / tiles, [&](int64_t task) {
+        const int64_t first = task % tiles * t_.tile, block = task / tiles;
+        const int64_t o = block / t_.chunks;
+        chunk_sums(o, block % t_.chunks, first, t_.tile_size(first), of(o), nullptr,
+                   partial.get() + o * partial_size());
+      });
+      start_parameters(v_.outer);
+      at::parallel_for(0, v_.outer, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t o = begin; o < end; ++o) {
+          finish_sums(o, 0, t_.width, partial.get() + o * partial_size(), of(o), o);
+        }
+      });
+      finish_parameters(v_.outer);
+    }
+    if (p_.dx == nullptr && (sums_ || p_.dresidual == nullptr)) return;
+    parallel_tasks_reversed(v_.outer * t_.chunks, chunk_bytes, [&](int64_t task) {
+      const int64_t o = task / t_.chunks;
+      map(Chunk(v_, t_, o, task % t_.chunks), 0, t_.width, of(o), nullptr);
+    });
+  }
+
+  // Sums and gradients of columns [first, first + n) of block o; the parameters' gradients go to
+  // partial sum `block`.
+  void visit(int64_t o, int64_t first, int64_t n, int64_t block) {
+    Columns<A> columns(thread_scratch<A, Slot::Columns>(Columns<A>::size(t_.width)), t_.width);
+    expand(o, first, n, columns);
+    // An activation's derivative and a mask are worked out once if their result stays in L2.
+    A* cache = nullptr;
+    const int64_t cached = v_.reduce_outer * (t_.fold > 1 ? t_.row : n);
+    if (epilogue_ && sums_ && cached <= kResident) {
+      cache =
+          thread_scratch<A, Slot::Gradient>(round_up(cached, t_.width) + t_.width + Wide<A>::kSize);
+    }
+    if (sums_) {
+      double* partial = thread_scratch<double, Slot::Partial>(partial_size());
+      for (int64_t chunk = 0; chunk < t_.chunks; ++chunk) {
+        A* chunk_cache = cache != nullptr ? cache + chunk * t_.chunk_rows * n : nullptr;
+        chunk_sums(o, chunk, first, n, columns, chunk_cache, partial);
+      }
+      finish_sums(o, first, n, partial, columns, block);
+    }
+    if (p_.dx == nullptr && (sums_ || p_.dresidual == nullptr)) return;
+    for (int64_t chunk = t_.chunks; chunk-- > 0;) {
+      A* chunk_cache = cache != nullptr ? cache + chunk * t_.chunk_rows * n : nullptr;
+      map(Chunk(v_, t_, o, chunk), first, n, columns, chunk_cache);
+    }
+  }
+
+  void expand(int64_t o, int64_t first, int64_t n, Columns<A> out) {
+    expand_columns(p_.config, t_, o, first, n, p_.mean, p_.var, p_.weight, p_.bias, out);
+    std::fill_n(out.c + first, n, A(0));
+    std::fill_n(out.e + first, n, A(0));
+  }
+
+  // The gradient of the norm over n columns from j0 of folded row r.
+  void gradient(const Chunk& chunk, int64_t r, int64_t j0, int64_t n, const Columns<A>& columns,
+                A* pre, A* grad, T* dresidual) {
+    const int64_t index = chunk.offset + r * t_.width + j0;
+    if (p_.config.activation != Activation::None) {
+      const T* x = p_.x + index;
+      const A *mean = columns.mean + j0, *scale = columns.scale + j0, *bias = columns.bias + j0;
+      for_each_wide<A>(n, [&](auto tag, int64_t j) {
+        store(tag, pre + j,
+              fmadd(load(tag, x + j) - load(tag, mean + j), load(tag, scale + j),
+                    load(tag, bias + j)));
+      });
+    }
+    start_backward(p_.config, {index, n}, p_.dy, p_.residual, pre, grad, dresidual);
+  }
+
+  // sum(g) and sum(g d) of the chunk, per column of a row, to `partial`. A cache keeps g, its
+  // rows n apart.
+  void chunk_sums(int64_t o, int64_t index, int64_t first, int64_t n, const Columns<A>& columns,
+                  A* cache, double* partial) {
+    const Chunk chunk(v_, t_, o, index);
+    A* sum_g = thread_scratch<A, Slot::Sums>(2 * n);
+    A* sum_gd = sum_g + n;
+    std::fill_n(sum_g, 2 * n, A(0));
+    const int64_t rows = chunk.rows();
+    const int64_t tile = epilogue_ ? kGradientTile : kTile;
+    alignas(64) A pre[kGradientTile + Wide<A>::kSize];
+    alignas(64) A grads[kRowGroup * (kGradientTile + Wide<A>::kSize)];
+    for (int64_t r = 0; r < rows; r += kRowGroup) {
+      const int64_t group_end = std::min<int64_t>(r + kRowGroup, rows);
+      for (int64_t j = 0; j < n; j += tile) {
+        for (int64_t r0 = r; r0 < group_end;) {
+          // Whole rows together, a cut one alone.
+          const int64_t size = std::min(tile, chunk.columns(r0, first, n) - j);
+          const int64_t r1 = r0 < chunk.full ? std::min(group_end, chunk.full) : group_end;
+          if (size > 0) {
+            const int64_t at = chunk.offset + r0 * t_.width + first + j;
+            const A* mean = columns.mean + first + j;
+            if (!epilogue_) {
+              add_gradient_rows(p_.x + at, t_.width, p_.dy + at, t_.width, r1 - r0, size, mean,
+                                sum_g + j, sum_gd + j);
+            } else {
+              A* g = cache != nullptr ? cache + r0 * n + j : grads;
+              const int64_t stride = cache != nullptr ? n : kGradientTile + Wide<A>::kSize;
+              for (int64_t i = r0; i < r1; ++i) {
+                gradient(chunk, i, first + j, size, columns, pre, g + (i - r0) * stride,
+                         p_.dresidual);
+              }
+              add_gradient_rows(p_.x + at, t_.width, g, stride, r1 - r0, size, mean, sum_g + j,
+                                sum_gd + j);
+            }
+          }
+          r0 = r1;
+        }
+      }
+    }
+    double* g = partial + index * t_.row;
+    double* gd = partial + (t_.chunks + index) * t_.row;
+    const int64_t row_columns = t_.fold > 1 ? t_.row : n;
+    for (int64_t j = 0; j < row_columns; ++j) {
+      double total_g = 0, total_gd = 0;
+      for (int64_t f = 0; f < t_.fold; ++f) {
+        total_g += sum_g[f * t_.row + j];
+        total_gd += sum_gd[f * t_.row + j];
+      }
+      g[first + j] = total_g;
+      gd[first + j] = total_gd;
+    }
+  }
+
+  // Merges the chunks' sums of columns [first, first + n), which give c, e, dweight and dbias.
+  void finish_sums(int64_t o, int64_t first, int64_t n, double* partial, Columns<A> out,
+                   int64_t block) {
+    const int64_t columns = t_.fold > 1 ? t_.row : n;
+    double* g = partial + first;
+    double* gd = partial + t_.chunks * t_.row + first;
+    add_pieces(t_.chunks, t_.row, columns, g);
+    add_pieces(t_.chunks, t_.row, columns, gd);
+    const int64_t inner = v_.reduce_inner;
+    const double scale = 1.0 / (static_cast<double>(v_.rows_of(o)) * static_cast<double>(inner));
+    const bool centered = p_.config.statistic == Statistic::MeanVar;
+    double *db = nullptr, *dw = nullptr;
+    if (parameters_) {
+      db = parameter_sums_.get() + 2 * block * v_.channels();
+      dw = db + v_.channels();
+    }
+    for (int64_t begin = 0; begin < columns; begin += inner) {
+      const double r = inverse_std(p_.var[o * v_.kept + (first + begin) / inner], p_.config.eps);
+      double sum_wg = 0, sum_wgd = 0;
+      for_each_column(v_, first + begin, inner, [&](int64_t j, int64_t, int64_t channel) {
+        const double w = p_.weight != nullptr ? p_.weight[channel] : 1.0;
+        sum_wg += w * g[j - first];
+        sum_wgd += w * gd[j - first];
+        if (parameters_) {
+          db[channel] += g[j - first];
+          dw[channel] += r * gd[j - first];
+        }
+      });
+      if (!p_.config.frozen) {
+        std::fill_n(out.c + first + begin, inner, static_cast<A>(-r * r * r * sum_wgd * scale));
+        std::fill_n(out.e + first + begin, inner,
+                    centered ? static_cast<A>(-r * sum_wg * scale) : A(0));
+      }
+    }
+    if (t_.fold > 1) {
+      repeat_fold(t_, out.c);
+      repeat_fold(t_, out.e);
+    }
+  }
+
+  void start_parameters(int64_t blocks) {
+    if (!parameters_) return;
+    parameter_sums_ = uninitialized<double>(2 * blocks * v_.channels());
+    std::fill_n(parameter_sums_.get(), 2 * blocks * v_.channels(), 0.0);
+  }
+
+  void finish_parameters(int64_t blocks) {
+    if (!parameters_) return;
+    const int64_t channels = v_.channels();
+    double* db = parameter_sums_.get();
+    if (blocks > 0) add_pieces(blocks, 2 * channels, 2 * channels, db);
+    for (int64_t c = 0; c < channels; ++c) {
+      if (p_.dbias != nullptr) p_.dbias[c] = blocks > 0 ? static_cast<A>(db[c]) : A(0);
+      if (p_.dweight != nullptr)
+        p_.dweight[c] = blocks > 0 ? static_cast<A>(db[channels + c]) : A(0);
+    }
+  }
+
+  void map(const Chunk& chunk, int64_t first, int64_t n, const Columns<A>& columns,
+           const A* cache) {
+    T* dresidual = sums_ ? nullptr : p_.dresidual;
+    alignas(64) A pre[kChunk + Wide<A>::kSize], grad[kChunk + Wide<A>::kSize];
+    for (int64_t r = 0; r < chunk.rows(); ++r) {
+      const int64_t end = first + chunk.columns(r, first, n);
+      for (int64_t j0 = first; j0 < end; j0 += kChunk) {
+        const int64_t size = std::min(kChunk, end - j0);
+        const int64_t index = chunk.offset + r * t_.width + j0;
+        const auto to_input = [&](const auto* g) {
+          if (p_.dx == nullptr) return;
+          const T* x = p_.x + index;
+          T* dx = p_.dx + index;
+          const A *mean = columns.mean + j0, *scale = columns.scale + j0;
+          const A *c = columns.c + j0, *e = columns.e + j0;
+          for_each_wide<A>(size, [&](auto tag, int64_t j) {
+            const auto d = load(tag, x + j) - load(tag, mean + j);
+            store(tag, dx + j,
+                  fmadd(load(tag, scale + j), load(tag, g + j),
+                        fmadd(load(tag, c + j), d, load(tag, e + j))));
+          });
+        };
+        if (!epilogue_) {
+          to_input(p_.dy + index);
+        } else if (cache != nullptr) {
+          to_input(cache + r * n + j0 - first);
+        } else {
+          gradient(chunk, r, j0, size, columns, pre, grad, dresidual);
+          to_input(static_cast<const A*>(grad));
+        }
+      }
+    }
+  }
+
+  const NormBackward<T>& p_;
+  const View& v_;
+  const Tiling t_;
+  const bool epilogue_;
+  bool parameters_, sums_;
+  std::unique_ptr<double[]> parameter_sums_;  // [block][db, dw][channels]
+};
+
+// Planes shorter than this go to the column form, whose cost does not depend on their length.
+constexpr int64_t kMinPlane = 16;
+
+bool is_plane(const View& v) { return v.inner == v.reduce_inner && v.inner >= kMinPlane; }
+
+// One pixel per sample: the channels are a contiguous row.
+bool is_single_pixel(const View& v) { return v.kept == 1 && v.tail == v.reduce_outer; }
+
+View pixel_as_row(const View& v) { return View{v.outer, 1, 1, v.reduce_outer, 1, 1}; }
+
+}  // namespace
+
+template <typename T>
+void column_norm_fwd(const NormForward<T>& p) {
+  const View& v = p.config.view;
+  if (v.numel() == 0) return;
+  if (v.inner == 0) {
+    if (!is_single_pixel(v)) return pixel_norm_fwd(p);
+    NormForward<T> row = p;
+    row.config.view = pixel_as_row(v);
+    return row_norm_fwd(row);
+  }
+  if (is_plane(v)) return plane_norm_fwd(p);
+  Forward<T>(p).run();
+}
+
+template <typename T>
+void column_norm_bwd(const NormBackward<T>& p) {
+  const View& v = p.config.view;
+  if (v.numel() == 0) {
+    if (p.dweight != nullptr) std::fill_n(p.dweight, v.channels(), acc_t<T>(0));
+    if (p.dbias != nullptr) std::fill_n(p.dbias, v.channels(), acc_t<T>(0));
+    return;
+  }
+  if (v.inner == 0) {
+    if (!is_single_pixel(v)) return pixel_norm_bwd(p);
+    NormBackward<T> row = p;
+    row.config.view = pixel_as_row(v);
+    return row_norm_bwd(row);
+  }
+  if (is_plane(v)) return plane_norm_bwd(p);
+  Backward<T>(p).run();
+}
+
+const char* column_norm_form(const View& v, int element_size) {
+  if (v.inner == 0)
+    return is_single_pixel(v) ? row_norm_form(pixel_as_row(v), element_size) : "pixel, resident";
+  if (is_plane(v)) {
+    return v.reduce_outer * v.reduce_inner <= kResident ? "plane, resident" : "plane, streaming";
+  }
+  switch (Tiling(v).visit) {
+    case Visit::Samples:
+      return "column, one sample at a time";
+    case Visit::Columns:
+      return "column, resident";
+    case Visit::Split:
+      return "column, streaming";
+  }
+  return "column";
+}
+
+#define FASTNORM_COLUMN_NORM(T)                            \
+  template void column_norm_fwd<T>(const NormForward<T>&); \
+  template void column_norm_bwd<T>(const NormBackward<T>&);
+FASTNORM_COLUMN_NORM(float)
+FASTNORM_COLUMN_NORM(double)
+FASTNORM_COLUMN_NORM(c10::BFloat16)
+FASTNORM_COLUMN_NORM(c10::Half)
+#undef FASTNORM_COLUMN_NORM
+
+}  // namespace fastnorm::cpu

@@ -1,0 +1,437 @@
+// The plane form: batch norm of NCHW. A channel is `reduce_outer` planes of `inner` contiguous
+// elements, a row of all channels apart. It is cut into chunks, of several planes or of a part of
+// one, and a chunk into pieces that fit in L1; short planes are gathered, so that every loop runs
+// over a contiguous piece.
+//
+// A channel that fits in L2 is one task: sums, then the map, one read of DRAM. A larger one is
+// split: all chunks' sums, merged per channel in index order, then the map, backwards so that the
+// cache still holds the end.
+//
+// Backward, with d = x - mean, r = 1 / sqrt(var + eps), g the gradient of the norm, w the weight,
+// and n the elements of a channel:
+//   dbias = sum(g), dweight = r sum(g d)
+//   dx = r w g + c d + e,  c = -r^3 w sum(g d) / n,  e = -r w sum(g) / n
+#include "cpu/column_cpu.h"
+
+namespace fastnorm::cpu {
+namespace {
+
+constexpr int64_t kPlaneChunk = 32 * 1024;  // elements
+constexpr int64_t kPiece = kChunk;          // elements
+constexpr int64_t kFlush = 4 * kPiece;      // elements summed in the accumulation type
+
+struct PlaneTiling {
+  int64_t length, planes, parts, part, chunks;  // a chunk: `planes` planes, or a part of one
+  bool resident;
+
+  explicit PlaneTiling(const View& v) : length(v.inner) {
+    parts = ceil_div(length, kPlaneChunk);
+    part = parts > 1 ? round_up(ceil_div(length, parts), kPiece) : length;
+    planes = parts > 1 ? 1 : std::max<int64_t>(1, kPlaneChunk / length);
+    chunks = ceil_div(v.reduce_outer, planes) * parts;
+    resident = v.reduce_outer * length <= kResident;
+  }
+};
+
+// Planes [first, last), elements [begin, end) of each; `offset` is that of plane 0 in the tensor.
+struct PlaneChunk {
+  int64_t offset, stride, first, last, begin, end;
+
+  PlaneChunk(const View& v, const PlaneTiling& t, int64_t o, int64_t channel, int64_t chunk) {
+    stride = v.row_size();
+    offset = o * v.reduce_outer * stride + channel * t.length;
+    first = std::min(chunk / t.parts * t.planes, v.rows_of(o));
+    last = std::min(first + t.planes, v.rows_of(o));
+    begin = std::min(chunk % t.parts * t.part, t.length);
+    end = std::min(begin + t.part, t.length);
+  }
+  int64_t size() const { return (last - first) * (end - begin); }
+
+  // f(stretches, offset of the piece in the chunk)
+  template <typename F>
+  void for_each_piece(F&& f) const {
+    const int64_t length = end - begin;
+    if (length >= kPiece / 2) {
+      for (int64_t n = first; n < last; ++n) {
+        for (int64_t i = begin; i < end; i += kPiece) {
+          f(Stretches{offset + n * stride + i, std::min(kPiece, end - i)},
+            (n - first) * length + i - begin);
+        }
+      }
+    } else if (length > 0) {
+      const int64_t step = kPiece / length;
+      for (int64_t n = first; n < last; n += step) {
+        f(Stretches{offset + n * stride + begin, length, std::min(step, last - n), stride},
+          (n - first) * length);
+      }
+    }
+  }
+};
+
+// Asks for the memory of the next planes while these are worked on: short planes are runs too far
+// apart for the hardware to foresee.
+template <typename T>
+inline void prefetch_next(const T* x, const Stretches& at, int64_t plane_stride) {
+  constexpr int64_t kLine = 64 / sizeof(T), kShort = 128 * kLine;
+  if (at.length > kShort) return;
+  at.for_each([&](int64_t i, int64_t) {
+    const T* next = x + i + at.count * plane_stride;
+    for (int64_t k = 0; k < at.length; k += kLine) __builtin_prefetch(next + k);
+  });
+}
+
+// Two sums over elements, in double from every kFlush of them on. body(tag, i, a, b) adds to both.
+template <typename A>
+class PairSum {
+ public:
+  template <typename F>
+  void add(int64_t n, F&& body) {
+    constexpr int64_t kStep = 2 * Wide<A>::kSize;
+    int64_t i = 0;
+    for (; i + kStep <= n; i += kStep) {
+      body(WideTag{}, i, first_[0], second_[0]);
+      body(WideTag{}, i + Wide<A>::kSize, first_[1], second_[1]);
+    }
+    for (; i + Wide<A>::kSize <= n; i += Wide<A>::kSize) {
+      body(WideTag{}, i, first_[0], second_[0]);
+    }
+    for (; i < n; ++i) body(OneTag{}, i, first_one_, second_one_);
+    if ((elements_ += n) >= kFlush) flush();
+  }
+  double first() { return flush(), first_total_; }
+  double second() { return flush(), second_total_; }
+
+ private:
+  void flush() {
+    elements_ = 0;
+    first_total_ += (first_[0] + first_[1]).sum() + first_one_;
+    second_total_ += (second_[0] + second_[1]).sum() + second_one_;
+    for (int k = 0; k < 2; ++k) first_[k] = second_[k] = Wide<A>();
+    first_one_ = second_one_ = A(0);
+  }
+
+  Wide<A> first_[2], second_[2];
+  A first_one_ = 0, second_one_ = 0;
+  double first_total_ = 0, second_total_ = 0;
+  int64_t elements_ = 0;
+};
+
+template <typename A>
+struct ChannelMap {
+  A mean = 0, scale = 1, bias = 0, c = 0, e = 0;
+
+  ChannelMap(const NormConfig& config, int64_t statistic, int64_t channel, const A* mean_in,
+             const A* var_in, const A* weight, const A* bias_in) {
+    if (mean_in != nullptr) mean = mean_in[statistic];
+    const double r = inverse_std(var_in[statistic], config.eps);
+    scale = static_cast<A>(weight != nullptr ? r * weight[channel] : r);
+    if (bias_in != nullptr) bias = bias_in[channel];
+  }
+
+  // out = (x - mean) scale + bias
+  template <typename S, typename O>
+  void normalize(const S* x, O* out, int64_t n) const {
+    for_each_wide<A>(n, [&](auto tag, int64_t i) {
+      const auto v = load(tag, x + i);
+      using V = std::remove_const_t<decltype(v)>;
+      store(tag, out + i, fmadd(v - V(mean), V(scale), V(bias)));
+    });
+  }
+  template <typename T>
+  void normalize(const T* x, const Stretches& at, A* out) const {
+    at.for_each([&](int64_t i, int64_t j) { normalize(x + i, out + j, at.length); });
+  }
+};
+
+template <typename T>
+class PlaneForward {
+  using A = acc_t<T>;
+
+ public:
+  explicit PlaneForward(const NormForward<T>& p) : p_(p), v_(p.config.view), t_(v_) {}
+
+  void run() {
+    const int64_t channels = v_.outer * v_.kept;
+    const int64_t bytes = v_.reduce_outer * t_.length * static_cast<int64_t>(sizeof(T));
+    if (t_.resident) {
+      return parallel_tasks(channels, bytes, [&](int64_t channel) { visit(channel); });
+    }
+    if (!p_.config.frozen) split_statistics(channels, bytes);
+    parallel_tasks_reversed(channels * t_.chunks, bytes / t_.chunks,
+                            [&](int64_t task) { map(task / t_.chunks, task % t_.chunks); });
+  }
+
+ private:
+  PlaneChunk chunk(int64_t channel, int64_t index) const {
+    return PlaneChunk(v_, t_, channel / v_.kept, channel % v_.kept, index);
+  }
+
+  void split_statistics(int64_t channels, int64_t bytes) {
+    const auto moments = uninitialized<Moments<double>>(channels * t_.chunks);
+    parallel_tasks(channels * t_.chunks, bytes / t_.chunks, [&](int64_t task) {
+      moments[task] = chunk_moments(chunk(task / t_.chunks, task % t_.chunks));
+    });
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      Moments<double> total = moments[channel * t_.chunks];
+      for (int64_t i = 1; i < t_.chunks; ++i) total.merge(moments[channel * t_.chunks + i]);
+      finish_statistics(channel, total);
+    }
+  }
+
+  void visit(int64_t channel) {
+    if (!p_.config.frozen) {
+      Moments<double> total;
+      for (int64_t i = 0; i < t_.chunks; ++i) total.merge(chunk_moments(chunk(channel, i)));
+      finish_statistics(channel, total);
+    }
+    for (int64_t i = t_.chunks; i-- > 0;) map(channel, i);
+  }
+
+  Moments<double> chunk_moments(const PlaneChunk& chunk) const {
+    const bool centered = p_.config.statistic == Statistic::MeanVar;
+    A shift = 0;
+    bool first = centered;
+    PairSum<A> sums;
+    chunk.for_each_piece([&](const Stretches& at, int64_t) {
+      prefetch_next(p_.x, at, chunk.stride);
+      at.for_each([&](int64_t offset, int64_t) {
+        const T* x = p_.x + offset;
+        if (first) shift = mean_of(x, at.length);
+        first = false;
+        sums.add(at.length, [&](auto tag, int64_t i, auto& sum, auto& square) {
+          const auto v = load(tag, x + i);
+          using V = std::remove_const_t<decltype(v)>;
+          const V d = v - V(shift);
+          sum += d;
+          square = fmadd(d, d, square);
+        });
+      });
+    });
+    Moments<double> m;
+    m.count = static_cast<double>(chunk.size());
+    if (m.count == 0) return m;
+    const double s = sums.first(), square = sums.second();
+    m.mean = centered ? shift + s / m.count : 0.0;
+    m.m2 = centered ? square - s * s / m.count : square;
+    if (m.m2 < 0) m.m2 = 0;
+    return m;
+  }
+
+  static A mean_of(const T* x, int64_t n) {
+    const A x0 = static_cast<A>(x[0]);
+    WideSum<A> sum;
+    for_each_wide<A>(n, [&](auto tag, int64_t i) {
+      const auto v = load(tag, x + i);
+      using V = std::remove_const_t<decltype(v)>;
+      sum.add(v - V(x0));
+    });
+    return x0 + sum.total() / static_cast<A>(n);
+  }
+
+  void finish_statistics(int64_t channel, const Moments<double>& m) const {
+    if (p_.mean != nullptr) p_.mean[channel] = static_cast<A>(m.mean);
+    p_.var[channel] = static_cast<A>(m.m2 / m.count);
+  }
+
+  void map(int64_t channel, int64_t index) const {
+    const ChannelMap<A> map(p_.config, channel, channel % v_.kept, p_.mean, p_.var, p_.weight,
+                            p_.bias);
+    const bool epilogue = has_epilogue(p_.config, p_.residual);
+    alignas(64) A values[kPiece];
+    chunk(channel, index).for_each_piece([&](const Stretches& at, int64_t) {
+      if (!epilogue) {
+        return at.for_each(
+            [&](int64_t i, int64_t) { map.normalize(p_.x + i, p_.y + i, at.length); });
+      }
+      map.normalize(p_.x, at, values);
+      finish_forward(p_.config, at, values, p_.residual, p_.y);
+    });
+  }
+
+  const NormForward<T>& p_;
+  const View& v_;
+  const PlaneTiling t_;
+};
+
+template <typename T>
+class PlaneBackward {
+  using A = acc_t<T>;
+  struct Sums {
+    double g = 0, gd = 0;
+  };
+
+ public:
+  explicit PlaneBackward(const NormBackward<T>& p)
+      : p_(p), v_(p.config.view), t_(v_), epilogue_(has_backward_epilogue(p)) {
+    parameters_ = p.dweight != nullptr || p.dbias != nullptr;
+    sums_ = parameters_ || (p.dx != nullptr && !p.config.frozen);
+  }
+
+  void run() {
+    const int64_t channels = v_.outer * v_.kept;
+    const int64_t bytes = 2 * v_.reduce_outer * t_.length * static_cast<int64_t>(sizeof(T));
+    const auto totals = uninitialized<Sums>(channels);
+    const bool map_needed = p_.dx != nullptr || (!sums_ && p_.dresidual != nullptr);
+    if (t_.resident) {
+      parallel_tasks(channels, bytes, [&](int64_t channel) {
+        A* cache = nullptr;
+        if (epilogue_ && sums_ && map_needed) {
+          cache = thread_scratch<A, Slot::Gradient>(v_.reduce_outer * t_.length);
+        }
+        for (int64_t i = 0; sums_ && i < t_.chunks; ++i) {
+          add(totals[channel], chunk_sums(channel, i, part_of(cache, channel, i)));
+        }
+        for (int64_t i = t_.chunks; map_needed && i-- > 0;) {
+          map(channel, i, totals[channel], part_of(cache, channel, i));
+        }
+      });
+    } else {
+      if (sums_) split_sums(channels, bytes, totals.get());
+      if (map_needed) {
+        parallel_tasks_reversed(channels * t_.chunks, bytes / t_.chunks, [&](int64_t task) {
+          map(task / t_.chunks, task % t_.chunks, totals[task / t_.chunks], nullptr);
+        });
+      }
+    }
+    if (parameters_) parameter_gradients(totals.get());
+  }
+
+ private:
+  static void add(Sums& total, const Sums& s) {
+    total.g += s.g;
+    total.gd += s.gd;
+  }
+
+  PlaneChunk chunk(int64_t channel, int64_t index) const {
+    return PlaneChunk(v_, t_, channel / v_.kept, channel % v_.kept, index);
+  }
+
+  // A resident channel's chunks are whole planes.
+  A* part_of(A* cache, int64_t channel, int64_t index) const {
+    if (cache == nullptr) return nullptr;
+    const PlaneChunk c = chunk(channel, index);
+    return cache + c.first * t_.length + c.begin * (c.last - c.first);
+  }
+
+  void split_sums(int64_t channels, int64_t bytes, Sums* totals) {
+    const auto partial = uninitialized<Sums>(channels * t_.chunks);
+    parallel_tasks(channels * t_.chunks, bytes / t_.chunks, [&](int64_t task) {
+      partial[task] = chunk_sums(task / t_.chunks, task % t_.chunks, nullptr);
+    });
+    for (int64_t task = 0; task < channels * t_.chunks; ++task) {
+      add(totals[task / t_.chunks], partial[task]);
+    }
+  }
+
+  void parameter_gradients(const Sums* totals) const {
+    for (int64_t c = 0; c < v_.kept; ++c) {
+      double db = 0, dw = 0;
+      for (int64_t o = 0; o < v_.outer; ++o) {
+        const int64_t channel = o * v_.kept + c;
+        db += totals[channel].g;
+        dw += inverse_std(p_.var[channel], p_.config.eps) * totals[channel].gd;
+      }
+      if (p_.dbias != nullptr) p_.dbias[c] = static_cast<A>(db);
+      if (p_.dweight != nullptr) p_.dweight[c] = static_cast<A>(dw);
+    }
+  }
+
+  ChannelMap<A> channel_map(int64_t channel) const {
+    return ChannelMap<A>(p_.config, channel, channel % v_.kept, p_.mean, p_.var, p_.weight,
+                         p_.bias);
+  }
+
+  void gradient(const ChannelMap<A>& map, const Stretches& at, A* pre, A* grad,
+                T* dresidual) const {
+    if (p_.config.activation != Activation::None) map.normalize(p_.x, at, pre);
+    start_backward(p_.config, at, p_.dy, p_.residual, pre, grad, dresidual);
+  }
+
+  // A cache keeps g in the order of the pieces.
+  Sums chunk_sums(int64_t channel, int64_t index, A* cache) const {
+    const ChannelMap<A> map = channel_map(channel);
+    alignas(64) A pre[kPiece], grad[kPiece];
+    PairSum<A> sums;
+    const auto add_sums = [&](const T* x, const auto* g, int64_t n) {
+      sums.add(n, [&](auto tag, int64_t i, auto& sum_g, auto& sum_gd) {
+        const auto v = load(tag, g + i);
+        using V = std::remove_const_t<decltype(v)>;
+        sum_g += v;
+        sum_gd = fmadd(V(v), load(tag, x + i) - V(map.mean), sum_gd);
+      });
+    };
+    const int64_t stride = v_.row_size();
+    chunk(channel, index).for_each_piece([&](const Stretches& at, int64_t first) {
+      prefetch_next(p_.x, at, stride);
+      prefetch_next(p_.dy, at, stride);
+      if (!epilogue_) {
+        return at.for_each([&](int64_t i, int64_t) { add_sums(p_.x + i, p_.dy + i, at.length); });
+      }
+      A* g = cache != nullptr ? cache + first : grad;
+      gradient(map, at, pre, g, p_.dresidual);
+      at.for_each([&](int64_t i, int64_t j) { add_sums(p_.x + i, g + j, at.length); });
+    });
+    return {sums.first(), sums.second()};
+  }
+
+  void map(int64_t channel, int64_t index, const Sums& total, const A* cache) const {
+    ChannelMap<A> map = channel_map(channel);
+    if (!p_.config.frozen) {
+      const int64_t o = channel / v_.kept;
+      const double n = static_cast<double>(v_.rows_of(o)) * static_cast<double>(t_.length);
+      const double r = inverse_std(p_.var[channel], p_.config.eps), scale = map.scale;
+      map.c = static_cast<A>(-r * r * scale * total.gd / n);
+      if (p_.config.statistic == Statistic::MeanVar) map.e = static_cast<A>(-scale * total.g / n);
+    }
+    const auto to_input = [&](int64_t offset, const auto* g, int64_t n) {
+      const T* x = p_.x + offset;
+      T* dx = p_.dx + offset;
+      for_each_wide<A>(n, [&](auto tag, int64_t i) {
+        const auto v = load(tag, x + i);
+        using V = std::remove_const_t<decltype(v)>;
+        store(tag, dx + i,
+              fmadd(V(map.scale), load(tag, g + i), fmadd(V(map.c), v - V(map.mean), V(map.e))));
+      });
+    };
+    T* dresidual = sums_ ? nullptr : p_.dresidual;
+    alignas(64) A pre[kPiece], grad[kPiece];
+    chunk(channel, index).for_each_piece([&](const Stretches& at, int64_t first) {
+      if (!epilogue_) {
+        return at.for_each([&](int64_t i, int64_t) { to_input(i, p_.dy + i, at.length); });
+      }
+      const A* g = cache != nullptr ? cache + first : grad;
+      if (cache == nullptr) gradient(map, at, pre, grad, dresidual);
+      if (p_.dx == nullptr) return;
+      at.for_each([&](int64_t i, int64_t j) { to_input(i, g + j, at.length); });
+    });
+  }
+
+  const NormBackward<T>& p_;
+  const View& v_;
+  const PlaneTiling t_;
+  const bool epilogue_;
+  bool parameters_, sums_;
+};
+
+}  // namespace
+
+template <typename T>
+void plane_norm_fwd(const NormForward<T>& p) {
+  PlaneForward<T>(p).run();
+}
+
+template <typename T>
+void plane_norm_bwd(const NormBackward<T>& p) {
+  PlaneBackward<T>(p).run();
+}
+
+#define FASTNORM_PLANE_NORM(T)                            \
+  template void plane_norm_fwd<T>(const NormForward<T>&); \
+  template void plane_norm_bwd<T>(const NormBackward<T>&);
+FASTNORM_PLANE_NORM(float)
+FASTNORM_PLANE_NORM(double)
+FASTNORM_PLANE_NORM(c10::BFloat16)
+FASTNORM_PLANE_NORM(c10::Half)
+#undef FASTNORM_PLANE_NORM
+
+}  // namespace fastnorm::cpu
