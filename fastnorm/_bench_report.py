@@ -174,6 +174,12 @@ def closing_lines(results: dict[str, Any]) -> list[str]:
         for note in cell["notes"]:
             counts[f"{cell['op']}: {note}"] = counts.get(f"{cell['op']}: {note}", 0) + 1
     lines = [f"note, {count} cells: {note}" for note, count in counts.items()]
+    if any(cell["pages"] == "fresh" for cell in results["cells"]):
+        setting = results["machine"]["THP_MEM_ALLOC_ENABLE"] or "not set"
+        lines.append(
+            "fresh outputs fault on every page; THP_MEM_ALLOC_ENABLE=1 has torch ask for huge ones "
+            f"(here: {setting})"
+        )
     if results["machine"]["runs"] != "kernel":
         lines.append("fastnorm ran plain PyTorch, not its kernels; fastnorm.status() says why")
     if results["skipped"]:

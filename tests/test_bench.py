@@ -210,7 +210,12 @@ def fake_results():
         "fastnorm": "0", "runs": "kernel", "load_average": 0.5,
         "bandwidth": {"copy": 1e10, "triad": 1e10},
     }  # fmt: skip
-    cells = [cell(4.0), cell(0.25, dtype="bf16"), cell(2.0, op="rms_norm", direction=TRAIN)]
+    facts["THP_MEM_ALLOC_ENABLE"] = ""
+    cells = [
+        cell(4.0),
+        cell(0.25, dtype="bf16", pages="fresh"),
+        cell(2.0, op="rms_norm", direction=TRAIN),
+    ]
     memory = {"name": "peak", "unit": "B", "torch": 3 * MB, "fastnorm": 2 * MB}
     return {"version": 1, "machine": facts, "cells": cells, "skipped": 2, "measurements": [memory]}
 
@@ -219,7 +224,7 @@ def test_losses_are_shown_and_counted():
     results = fake_results()
     assert [style for _, style in _bench_report.cell_rows(results)[1]] == ["green", "red", "green"]
     lines = _bench_report.closing_lines(results)
-    assert "2 cells not measured" in lines[0]
+    assert "(here: not set)" in lines[0] and "2 cells not measured" in lines[1]
     assert lines[-1].startswith("3 cells: 2 faster than torch, 1 slower, geometric mean 1.26x")
     header, rows = _bench_report.summary_rows(results)
     assert [row[header.index("slower")] for row, _ in rows] == ["0", "1", "0", "1"]
