@@ -2,6 +2,14 @@
 
 from fastnorm import activations, init
 from fastnorm._build import KernelUnavailable, build, use_backend
+from fastnorm.batch_norm import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    RunningBatchNorm1d,
+    RunningBatchNorm2d,
+    batch_norm,
+)
 from fastnorm.diagnostics import (
     ActivationStats,
     Advice,
@@ -15,6 +23,8 @@ from fastnorm.diagnostics import (
     suggest_norm,
     update_ratios,
 )
+from fastnorm.group_norm import GroupNorm, group_norm
+from fastnorm.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, instance_norm
 from fastnorm.layer_norm import AddLayerNorm, LayerNorm, add_layer_norm, layer_norm
 from fastnorm.losses import LabelSmoothingCrossEntropy, cross_entropy, smooth_labels
 from fastnorm.parametrizations import weight_standardization
@@ -42,10 +52,17 @@ __all__ = [
     "AddLayerNorm",
     "AddRMSNorm",
     "Advice",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
     "EarlyStopping",
     "Finding",
     "GapReport",
     "GroupLasso",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
     "KernelUnavailable",
     "LRFindResult",
     "LabelSmoothingCrossEntropy",
@@ -53,16 +70,21 @@ __all__ = [
     "MaxNorm",
     "RMSNorm",
     "Regularizer",
+    "RunningBatchNorm1d",
+    "RunningBatchNorm2d",
     "StandardScaler",
     "activations",
     "add_layer_norm",
     "add_rms_norm",
+    "batch_norm",
     "build",
     "check_model",
     "cross_entropy",
     "early_stopping_factors",
     "gradient_norms",
+    "group_norm",
     "init",
+    "instance_norm",
     "layer_norm",
     "lr_find",
     "outliers",
