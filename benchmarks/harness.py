@@ -63,10 +63,10 @@ def script(modules: Sequence[ModuleType], name: str, argv: Sequence[str] | None 
         list(cells.values()), device, seconds, arguments.compile, arguments.minutes
     )
     results["measurements"] = measurements
-    _bench.show(results)
     if arguments.output:
         for file in _bench.save(results, arguments.output, f"{name}_{device}"):
             print(f"wrote {file}")
+    _bench.show(results)
     return int(any(cell["wrong"] for cell in results["cells"]))
 
 

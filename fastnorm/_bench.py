@@ -574,8 +574,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.pages,
     )
     results = run(cells, arguments.device, arguments.seconds or 0.5, arguments.compile)
-    show(results)
     if arguments.output:
         for file in save(results, arguments.output, "bench"):
             print(f"wrote {file}")
+    show(results)
     return int(any(cell["wrong"] for cell in results["cells"]))

@@ -99,8 +99,8 @@ def machine_line(facts: dict[str, Any]) -> str:
 
 
 def cell_rows(results: dict[str, Any]) -> tuple[list[str], list[Row]]:
-    """A row per cell. The style is red where fastnorm is slower than eager torch."""
-    cells = results["cells"]
+    """A row per cell that was measured or wrong; red where fastnorm is slower than torch."""
+    cells = [cell for cell in results["cells"] if cell["contenders"] or cell["wrong"]]
     present = {name for cell in cells for name in cell["contenders"]} | {"torch", "fastnorm"}
     names = [n for n in ("torch", "compile", "liger", "quack", "fastnorm") if n in present]
     header = ["op", "shape", "dtype", "direction", "input", "outputs", *names, "+-", "vs torch"]
@@ -237,11 +237,16 @@ def print_table(title: str, header: list[str], rows: list[Row]) -> None:
 def show(results: dict[str, Any]) -> None:
     """Prints the cells, other measurements and the summary, the most general last."""
     line = machine_line(results["machine"])
-    if results["cells"]:
-        print_table(line, *cell_rows(results))
+    header, rows = cell_rows(results)
+    if rows:
+        print_table(line, header, rows)
+    else:
+        print(f"{line}\n")
     if results["measurements"]:
         print_table("memory and import", *measurement_rows(results))
-    print_table("summary: times faster, geometric means", *summary_rows(results))
+    header, rows = summary_rows(results)
+    if rows:
+        print_table("summary: times faster, geometric means", header, rows)
     print("\n".join(closing_lines(results)))
 
 
