@@ -71,6 +71,19 @@ void parallel_tasks_reversed(int64_t tasks, int64_t bytes_per_task, F&& f) {
   });
 }
 
+// A running sum that takes both kinds of element.
+template <typename A>
+struct LaneSum {
+  Wide<A> wide;
+  A one = 0;
+
+  void add(Wide<A> v) { wide += v; }
+  void add(A v) { one += v; }
+  void add_product(Wide<A> a, Wide<A> b) { wide = fmadd(a, b, wide); }
+  void add_product(A a, A b) { one = fmadd(a, b, one); }
+  A total() const { return wide.sum() + one; }
+};
+
 // From the rounded variance, so that forward and backward use the same number.
 template <typename A>
 inline double inverse_std(A var, double eps) {

@@ -214,7 +214,7 @@ class PixelBackward {
   template <typename G>
   void add_row(const T* x, const G* g, int64_t r, int64_t n, const Pixels<A>& pixels, A* sum_g,
                A* sum_gx, double* db, double* dw) {
-    WideSum<A> row_g, row_gx;
+    LaneSum<A> row_g, row_gx;
     const A w = weight(r);
     for_each_wide<A>(n, [&](auto tag, int64_t j) {
       const auto v = load(tag, g + j);

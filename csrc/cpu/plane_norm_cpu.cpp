@@ -219,7 +219,7 @@ class PlaneForward {
 
   static A mean_of(const T* x, int64_t n) {
     const A x0 = static_cast<A>(x[0]);
-    WideSum<A> sum;
+    LaneSum<A> sum;
     for_each_wide<A>(n, [&](auto tag, int64_t i) {
       const auto v = load(tag, x + i);
       using V = std::remove_const_t<decltype(v)>;
