@@ -6,8 +6,6 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include "autograd.h"
 #include "cpu/norm_cpu.h"
@@ -62,12 +60,6 @@ bool plain_tensor(PyObject* object, at::Tensor& out) {
 
 namespace {
 
-// A parameter of `channels` values: of the input's dtype, or any of the three that are not double.
-bool parameter_fits(const at::Tensor& p, const at::Tensor& x, int64_t channels) {
-  return !p.defined() || (p.numel() == channels && p.device() == x.device() &&
-                          (p.scalar_type() == at::kDouble) == (x.scalar_type() == at::kDouble));
-}
-
 // The trailing dimensions a layer or RMS norm spans, read from a tuple of int. Returns the number
 // of elements, or -1.
 int64_t normalized_numel(PyObject* shape, const at::Tensor& x, const at::Tensor& weight,
@@ -105,20 +97,6 @@ NormCall row_call(const at::Tensor& x, int64_t n, int64_t statistic, double eps)
   call.statistic = statistic;
   call.eps = eps;
   return call;
-}
-
-at::Tensor dense(const at::Tensor& t) { return t.is_contiguous() ? t : t.contiguous(); }
-
-OptionalTensor dense_or_none(const at::Tensor& t) {
-  return t.defined() ? OptionalTensor(dense(t)) : std::nullopt;
-}
-
-bool same_shape(const at::Tensor& t, const at::Tensor& x) {
-  return t.sizes() == x.sizes() && t.scalar_type() == x.scalar_type() && t.device() == x.device();
-}
-
-py::object wrap(const at::Tensor& t) {
-  return py::reinterpret_steal<py::object>(THPVariable_Wrap(t));
 }
 
 // layer_norm and rms_norm over trailing dimensions, without dropout.
@@ -224,4 +202,7 @@ void register_norms(py::module_& m) {
 
 }  // namespace fastnorm
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { fastnorm::register_norms(m); }
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  fastnorm::register_norms(m);
+  fastnorm::register_channel_norms(m);
+}
