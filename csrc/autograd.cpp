@@ -143,27 +143,30 @@ struct NormNode final : public Node {
   }
 
   variable_list apply(variable_list&& grads) override {
-    std::lock_guard<std::mutex> lock(mutex_);
+    // Held while the saved tensors are read only: a recorded backward runs the engine again.
+    std::unique_lock<std::mutex> lock(mutex_);
     variable_list out(4);
     if (!grads[0].defined()) return out;
     const auto self = getptr();
     const at::Tensor x_ = x.unpack(self), weight_ = weight.unpack(self);
     const at::Tensor bias_ = bias.unpack(self), residual_ = residual.unpack(self);
+    const at::Tensor mean_ = mean, var_ = var, seed_ = seed;
+    lock.unlock();
     std::vector<bool> needs;
     for (size_t i = 0; i < 4; ++i) needs.push_back(task_should_compute_output(i));
     if (at::GradMode::is_enabled()) {
       // Without an activation the residual is not saved; its gradient does not need it.
       return differentiable_vjp(false, grads, {x_, weight_, bias_, residual_},
-                                frozen ? mean : at::Tensor(), frozen ? var : at::Tensor(), seed,
+                                frozen ? mean_ : at::Tensor(), frozen ? var_ : at::Tensor(), seed_,
                                 call, needs);
     }
-    const bool epilogue = call.activation != 0 || seed.defined();
+    const bool epilogue = call.activation != 0 || seed_.defined();
     const at::Tensor dy = laid_out_like(grads[0], x_);
     const std::array<bool, 4> mask{needs[0], needs[1], needs[2], needs[3] && epilogue};
     if (mask[0] || mask[1] || mask[2] || mask[3]) {
       auto [dx, dw, db, dr] =
           call_norm_bwd(dy, x_, optional(weight_), optional(bias_), optional(residual_),
-                        optional(mean), var, optional(seed), call, frozen, mask);
+                        optional(mean_), var_, optional(seed_), call, frozen, mask);
       if (mask[0]) out[0] = dx;
       if (mask[1]) out[1] = shaped_like(dw, weight_);
       if (mask[2]) out[2] = shaped_like(db, bias_);
@@ -192,25 +195,26 @@ struct AddNormNode final : public Node {
   }
 
   variable_list apply(variable_list&& grads) override {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::unique_lock<std::mutex> lock(mutex_);
     variable_list out(4);
     if (!grads[0].defined() && !grads[1].defined()) return out;
     const auto self = getptr();
     const at::Tensor sum_ = sum.unpack(self), weight_ = weight.unpack(self);
-    const at::Tensor bias_ = bias.unpack(self);
+    const at::Tensor bias_ = bias.unpack(self), mean_ = mean, var_ = var, seed_ = seed;
+    lock.unlock();
     std::vector<bool> needs;  // in the order x, residual, weight, bias
     for (size_t i = 0; i < 4; ++i) needs.push_back(task_should_compute_output(i));
     if (at::GradMode::is_enabled()) {
-      return differentiable_vjp(true, grads, {sum_, weight_, bias_}, {}, {}, seed, call, needs);
+      return differentiable_vjp(true, grads, {sum_, weight_, bias_}, {}, {}, seed_, call, needs);
     }
-    const bool dropout = seed.defined();
+    const bool dropout = seed_.defined();
     const at::Tensor dy = grads[0].defined() ? laid_out_like(grads[0], sum_) : at::zeros_like(sum_);
     OptionalTensor dsum;
     if (grads[1].defined()) dsum = laid_out_like(grads[1], sum_);
     // Without dropout x and the residual have the same gradient, written once.
     const bool want_dx = needs[0] && dropout, want_dr = needs[1] || (needs[0] && !dropout);
     auto [dx, dw, db, dr] =
-        call_add_norm_bwd(dy, dsum, sum_, optional(weight_), optional(mean), var, optional(seed),
+        call_add_norm_bwd(dy, dsum, sum_, optional(weight_), optional(mean_), var_, optional(seed_),
                           call, {want_dx, needs[2], needs[3], want_dr});
     if (needs[0]) out[0] = dropout ? dx : dr;
     if (needs[1]) out[1] = dr;

@@ -63,3 +63,15 @@ def cuda_torch(fresh, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0+PTX")
     return fresh
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every test that takes it runs on each device there is."""
+    return request.param
+
+
+@pytest.fixture
+def kernels() -> None:
+    """The compiled kernels or an error: a test of the kernels must not pass on the reference."""
+    _build.use_backend("kernel")

@@ -27,20 +27,18 @@ namespace {
 constexpr int64_t kStretch = 4096;
 constexpr int64_t kTaskBytes = 32 * 1024;
 
+// Two passes: a mean, then the deviations from it, whose own mean corrects it. The shift by the
+// first element makes a constant row exact.
 template <typename T>
 Moments<double> stretch_moments(const T* x, int64_t n) {
   using A = acc_t<T>;
-  // Shifted by the first element, the sum of a constant row is exactly zero.
   const A shift = static_cast<A>(x[0]);
   const A sum = wide_sum<A>(n, [&](auto tag, int64_t i) { return load(tag, x + i) - shift; });
-  const double mean = shift + static_cast<double>(sum) / n;
-  const A center = static_cast<A>(mean);
-  const A square = wide_sum<A>(n, [&](auto tag, int64_t i) {
-    const auto d = load(tag, x + i) - center;
-    return d * d;
-  });
-  const double off = center - mean;
-  return {static_cast<double>(n), mean, std::max(0.0, square - n * off * off)};
+  const A center = shift + sum / static_cast<A>(n);
+  const auto [off, square] =
+      wide_sum_and_squares<A>(n, [&](auto tag, int64_t i) { return load(tag, x + i) - center; });
+  const double correction = static_cast<double>(off) / n;
+  return {static_cast<double>(n), center + correction, std::max(0.0, square - off * correction)};
 }
 
 template <typename T>

@@ -7,6 +7,7 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include <cstdint>
+#include <utility>
 
 #include "common/epilogue.h"
 #include "cpu/norm_cpu.h"
@@ -110,6 +111,33 @@ inline A wide_sum(int64_t n, F&& term) {
   for (; i + kSize <= n; i += kSize) s0 += term(WideTag{}, i);
   for (; i < n; ++i) rest += term(OneTag{}, i);
   return ((s0 + s1) + (s2 + s3)).sum() + rest;
+}
+
+// The sums of term(tag, i) and of its square, in one loop.
+template <typename A, typename F>
+inline std::pair<A, A> wide_sum_and_squares(int64_t n, F&& term) {
+  constexpr int64_t kSize = Wide<A>::kSize;
+  Wide<A> s0, s1, q0, q1;
+  A s = 0, q = 0;
+  int64_t i = 0;
+  for (; i + 2 * kSize <= n; i += 2 * kSize) {
+    const Wide<A> a = term(WideTag{}, i), b = term(WideTag{}, i + kSize);
+    s0 += a;
+    s1 += b;
+    q0 = fmadd(a, a, q0);
+    q1 = fmadd(b, b, q1);
+  }
+  for (; i + kSize <= n; i += kSize) {
+    const Wide<A> a = term(WideTag{}, i);
+    s0 += a;
+    q0 = fmadd(a, a, q0);
+  }
+  for (; i < n; ++i) {
+    const A a = term(OneTag{}, i);
+    s += a;
+    q = fmadd(a, a, q);
+  }
+  return {(s0 + s1).sum() + s, (q0 + q1).sum() + q};
 }
 
 }  // namespace fastnorm::cpu

@@ -1,0 +1,168 @@
+"""What the tests of every norm share: inputs, layouts, and an error budget that is computed.
+
+A result is judged against the same formula in float64 on the same (already rounded) inputs, and may
+be no further from it than 1.5 times what PyTorch's own operators in the same dtype are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["LAYOUTS", "assert_within_budget", "gradient_like", "poisoned_memory", "random_tensor"]
+
+# One rounding of the result itself is not an error that any implementation could avoid.
+_UNIT_ROUNDOFF = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+}
+
+
+def random_tensor(
+    *shape: int, dtype: torch.dtype = torch.float32, mean: float = 0.0, std: float = 1.0
+) -> Tensor:
+    """Normal values, rounded to `dtype`; drawn in float64 so that dtypes see the same numbers.
+
+    Example:
+        >>> random_tensor(2, 3, dtype=torch.bfloat16).dtype
+        torch.bfloat16
+    """
+    return (torch.randn(*shape, dtype=torch.float64) * std + mean).to(dtype)
+
+
+def _strided(x: Tensor, step: int, offset: int) -> Tensor:
+    """The values of `x` every `step` elements along the last dimension, from `offset` on."""
+    base = x.new_full((*x.shape[:-1], x.shape[-1] * step + offset), float("nan"))
+    view = base[..., offset::step][..., : x.shape[-1]]
+    view.copy_(x)
+    return view
+
+
+def _transposed(x: Tensor) -> Tensor:
+    if x.dim() < 2:
+        return x.clone()
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def _expanded(x: Tensor) -> Tensor:
+    """Stride 0 along the first dimension: every slice is the first one."""
+    return x[:1].expand(x.shape)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.contiguous(memory_format=formats[x.dim()]) if x.dim() in formats else x.clone()
+
+
+# Each gives a tensor of the same shape in another layout; all but "expanded" with the same values.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "transposed": _transposed,
+    "sliced": lambda x: torch.cat([x, x], dim=0)[: x.shape[0]],
+    "step": lambda x: _strided(x, 2, 0),
+    "offset": lambda x: _strided(x, 1, 3),
+    "expanded": _expanded,
+    "channels_last": _channels_last,
+}
+
+
+def gradient_like(y: Tensor, layout: str = "contiguous") -> Tensor:
+    """A random gradient for `y` in one of `LAYOUTS`."""
+    return LAYOUTS[layout](random_tensor(*y.shape, dtype=y.dtype).to(y.device))
+
+
+def assert_within_budget(
+    ours: Tensor | Sequence[Tensor | None],
+    theirs: Tensor | Sequence[Tensor | None],
+    exact: Tensor | Sequence[Tensor | None],
+    factor: float = 1.5,
+    what: str = "",
+) -> None:
+    """`ours` is at most `factor` times as far from `exact` as `theirs`, plus one rounding.
+
+    The distance is the largest absolute difference over a tensor; the rounding is half a unit in the
+    last place of the tensor's largest value. Sequences are compared item by item.
+
+    Raises:
+        AssertionError: it is further away, or has other NaN or infinities than `exact`.
+    """
+    if isinstance(ours, Tensor) or ours is None:
+        ours, theirs, exact = [ours], [theirs], [exact]  # type: ignore[list-item]
+    assert len(ours) == len(theirs) == len(exact), f"{what}: different numbers of results"
+    for i, (a, b, e) in enumerate(zip(ours, theirs, exact, strict=True)):
+        if e is None or a is None:
+            assert a is None and e is None, f"{what}[{i}]: one result is missing"
+            continue
+        assert b is not None
+        assert a.shape == e.shape, f"{what}[{i}]: shape {list(a.shape)}, not {list(e.shape)}"
+        if e.numel() == 0:
+            continue
+        assert e.dtype == torch.float64, "the exact result must be float64"
+        finite = e.isfinite()
+        assert torch.equal(a.isfinite(), finite), f"{what}[{i}]: not finite where it should be"
+        e = e.masked_fill(~finite, 0.0)
+        own, peer = (
+            (t.double().masked_fill(~finite, 0.0) - e).abs().max().item() for t in (a, b)
+        )
+        budget = factor * peer + _UNIT_ROUNDOFF[a.dtype] * e.abs().max().item()
+        assert own <= budget, (
+            f"{what}[{i}]: error {own:.3g} against float64, where torch has {peer:.3g} "
+            f"and the budget is {budget:.3g} ({a.dtype}, shape {list(a.shape)})"
+        )
+
+
+class poisoned_memory:
+    """Within it, fresh outputs on every device start as NaN: what a kernel leaves out shows.
+
+    Example:
+        >>> with poisoned_memory():
+        ...     bool(torch.empty(3).isnan().all())
+        True
+    """
+
+    def __enter__(self) -> None:
+        self._mode = torch.are_deterministic_algorithms_enabled()
+        self._fill = torch.utils.deterministic.fill_uninitialized_memory
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+    def __exit__(self, *_: object) -> None:
+        torch.use_deterministic_algorithms(self._mode)
+        torch.utils.deterministic.fill_uninitialized_memory = self._fill
+
+
+def leaves(tensors: Sequence[Tensor | None], dtype: torch.dtype | None = None) -> list[Tensor | None]:
+    """Detached copies that keep their layout and require gradients; optionally in another dtype."""
+    out: list[Tensor | None] = []
+    for t in tensors:
+        out.append(None if t is None else t.detach().to(dtype or t.dtype).requires_grad_())
+    return out
+
+
+def run_with_gradients(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    tensors: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    dtype: torch.dtype | None = None,
+) -> list[Tensor | None]:
+    """The outputs of `function(*tensors)`, then the gradient of every tensor that is given.
+
+    With `dtype`, everything is converted first: float64 gives the exact result of the same inputs.
+    """
+    inputs = leaves(tensors, dtype)
+    out = function(*inputs)
+    outputs = list(out) if isinstance(out, tuple) else [out]
+    used = [
+        (y, g.to(dtype or g.dtype)) for y, g in zip(outputs, grads, strict=True) if g is not None
+    ]
+    sources = [t for t in inputs if t is not None]
+    found: Iterator[Tensor | None] = iter(
+        torch.autograd.grad(
+            [y for y, _ in used], sources, [g for _, g in used], allow_unused=True
+        )
+    )
+    return [y.detach() for y in outputs] + [next(found) if t is not None else None for t in inputs]
