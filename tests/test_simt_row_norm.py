@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import functools
+import itertools
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -253,3 +257,273 @@ def test_bytes_moved(lib: driver.Library, size: int, dtype: torch.dtype) -> None
             # The allocator aligns to 64 bytes: a request of n segments may touch n + 1.
             assert totals["segments"] <= totals["least_segments"] + totals["requests"]
             assert totals["segments"] <= 1.3 * totals["least_segments"] + 4 * rows
+
+
+def check_backward(
+    lib: driver.Library,
+    norm: norms.Norm,
+    dtype: torch.dtype,
+    *,
+    affine: bool = True,
+    residual: bool = False,
+    parameter_dtype: torch.dtype | None = None,
+    dy: bool = True,
+    dsum: bool = True,
+    wanted: tuple[bool, bool, bool, bool] | None = None,
+) -> norms.Backward:
+    acc = norms.accumulate(dtype)
+    x = draw(norm.numel, dtype, 1)
+    weight = draw(norm.channels, parameter_dtype or dtype, 2) if affine else None
+    bias = draw(norm.channels, parameter_dtype or dtype, 3) if affine else None
+    r = draw(norm.numel, dtype, 4) if residual else None
+    grad = draw(norm.numel, dtype, 5) if dy else None
+    grad_sum = draw(norm.numel, dtype, 6) if dsum and norm.prologue else None
+    grid = x.double().reshape(norm.view[0], norm.view[1], norm.view[2], norm.view[3])
+    if norm.frozen:
+        mean, var = draw(norm.statistics, acc, 7), draw(norm.statistics, acc, 8).abs() + 0.1
+    else:
+        m = grid.mean(dim=(1, 3)) if norm.centered else torch.zeros(())
+        center = m[:, None, :, None] if norm.centered else m
+        mean = m.reshape(-1).to(acc) if norm.centered else None
+        var = ((grid - center) ** 2).mean(dim=(1, 3)).reshape(-1).to(acc)
+    wanted = wanted or (True, affine, affine, residual or norm.prologue)
+    size = norms_workspace(lib, norm, dtype)
+    ours = norms.backward(
+        lib,
+        "row_norm_bwd",
+        norm,
+        x,
+        grad,
+        var,
+        mean,
+        dsum=grad_sum,
+        weight=weight,
+        bias=None if norm.prologue else bias,
+        residual=r,
+        seed=77,
+        wanted=wanted,
+        workspace=size,
+    )
+    exact = exact_gradients(norm, x, grad, grad_sum, weight, bias, r, mean, var)
+    scale = (weight.double().abs().max().item() if affine else 1.0) + abs(norm.weight_offset)
+    # Roundings as in the forward pass; a gradient has the size of its terms, at most a few
+    # standard deviations of dy each.
+    terms = 60.0
+    rstd = 1 / torch.sqrt(var.double() + norm.eps)
+    per_element = rstd.reshape(norm.view[0], 1, norm.view[2], 1).expand_as(grid).reshape(-1)
+    magnitude = 8 * scale * (1 + per_element) * 6
+    if ours.dx is not None:
+        close(ours.dx, exact["x"], magnitude, terms)
+    if ours.dresidual is not None:
+        close(ours.dresidual, exact["residual"], magnitude, terms)
+    rows = norm.numel / norm.channels
+    for name, value in (("weight", ours.dweight), ("bias", ours.dbias)):
+        if value is not None:
+            total = exact[name + " terms"]
+            close(value, exact[name], total + rows**0.5, terms + rows**0.5)
+    return ours
+
+
+def norms_workspace(lib: driver.Library, norm: norms.Norm, dtype: torch.dtype) -> int:
+    view = np.array(norm.view, dtype=np.int64)
+    return lib.lib.row_norm_bwd_workspace(ctypes.c_void_p(view.ctypes.data), dtype.itemsize)
+
+
+def exact_gradients(
+    norm: norms.Norm,
+    x: torch.Tensor,
+    dy: torch.Tensor | None,
+    dsum: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    var: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """float64 autograd of norms.reference; for the prologue x is the sum itself."""
+    keep, scale = torch.ones(norm.numel), 1.0
+    if norm.dropout_p:
+        keep, scale = norms.philox_keep(norm.numel, 77, norm.dropout_p)
+    leaves = {"x": x.double().requires_grad_()}
+    leaves["weight"] = (torch.ones(norm.channels) if weight is None else weight).double()
+    leaves["bias"] = (torch.zeros(norm.channels) if bias is None else bias).double()
+    leaves["residual"] = (torch.zeros(norm.numel) if residual is None else residual).double()
+    for name in ("weight", "bias", "residual"):
+        leaves[name].requires_grad_()
+    inner = dataclasses.replace(
+        norm, prologue=False, dropout_p=0.0 if norm.prologue else norm.dropout_p
+    )
+    if weight is None:
+        inner = dataclasses.replace(inner, weight_offset=0.0)
+    y = norms.reference(
+        inner,
+        leaves["x"],
+        leaves["weight"],
+        leaves["bias"],
+        leaves["residual"],
+        mean=mean,
+        var=var,
+        seed=77,
+    ).y
+    upstream = torch.zeros(norm.numel).double() if dy is None else dy.double()
+    grads = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), upstream), strict=True))
+    statistics = ((mean if mean is not None else torch.zeros_like(var)).double(), var.double())
+    shape = (norm.view[0], norm.view[1], norm.view[2], norm.view[3])
+    h = grads["residual"].reshape(shape)
+    center, spread = (s.reshape(shape[0], 1, shape[2], 1) for s in statistics)
+    xhat = (x.double().reshape(shape) - center) / torch.sqrt(spread + norm.eps)
+    for name, product in (("weight", (h * xhat).abs()), ("bias", h.abs())):
+        per = product.sum(dim=(0, 1)).reshape(norm.channels, -1).sum(1)
+        grads[name + " terms"] = per
+    if norm.prologue:
+        total = grads["x"] + (0 if dsum is None else dsum.double())
+        grads["residual"] = total
+        grads["x"] = total * keep.double() * scale
+    return grads
+
+
+def backward_thresholds(dtype: torch.dtype) -> list[int]:
+    v = SIXTEEN_BYTES[dtype]
+    items = (4 if dtype == torch.float64 else 16) // v
+    single = 4 if dtype == torch.float64 else 8
+    sizes = {1, 2, 3, 31, 33, 65, 127, 1021}
+    for edge in (v, items * v, 8 * items * v, 32 * items * v, 64 * items * v, 384 * items * v):
+        sizes |= {edge - 1, edge, edge + 1, edge + v}
+    for edge in (32 * single, 384 * single):
+        sizes |= {edge - 1, edge + 1}
+    return sorted(sizes - {0})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("centered", [True, False])
+def test_backward_of_every_row_length(
+    lib: driver.Library, dtype: torch.dtype, centered: bool
+) -> None:
+    seen = set()
+    for size in backward_thresholds(dtype):
+        rows = 3 if size < 600 else 1 + size % 2
+        check_backward(lib, norms.Norm(norms.row_view(rows, size), centered), dtype)
+        seen.add(norms.launched(lib))
+    forms = ("warp", "block", "cluster")
+    assert seen == {f"row_norm_bwd, {form}; add_partial_rows" for form in forms}
+
+
+@pytest.mark.parametrize(("size", "rows"), [(8, 9000), (24, 5000), (100, 2500), (2304, 300)])
+def test_backward_of_many_rows(lib: driver.Library, size: int, rows: int) -> None:
+    """More rows than one turn of the persistent blocks."""
+    norm = norms.Norm(norms.row_view(rows, size))
+    check_backward(lib, norm, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("prologue", [True, False])
+def test_backward_streaming(lib: driver.Library, dtype: torch.dtype, prologue: bool) -> None:
+    for size in (8200, 8193):
+        norm = norms.Norm(
+            norms.row_view(135, size)
+            if size % 2 and dtype == torch.float32
+            else norms.row_view(2, size),
+            prologue=prologue,
+            dropout_p=0.25 * prologue,
+            clusters=False,
+        )
+        check_backward(lib, norm, dtype)
+        assert norms.launched(lib) == "row_norm_bwd, streaming; add_partial_rows"
+    norm = norms.Norm(norms.row_view(2, 70000), prologue=prologue)
+    check_backward(lib, norm, dtype)
+
+
+@pytest.mark.parametrize("size", [8, 65, 128, 520, 1032])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("residual", [True, False])
+def test_backward_epilogues(
+    lib: driver.Library, size: int, dtype: torch.dtype, residual: bool
+) -> None:
+    for activation in norms.ACTIVATIONS:
+        for p in (0.0, 0.3):
+            norm = norms.Norm(norms.row_view(3, size), activation=activation, dropout_p=p)
+            check_backward(lib, norm, dtype, residual=residual)
+
+
+@pytest.mark.parametrize("size", [8, 65, 128, 1032, 9000])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_backward_prologue(lib: driver.Library, size: int, dtype: torch.dtype, p: float) -> None:
+    norm = norms.Norm(norms.row_view(2, size), False, prologue=True, dropout_p=p, weight_offset=1.0)
+    for dy, dsum in ((True, True), (True, False), (False, True)):
+        check_backward(lib, norm, dtype, dy=dy, dsum=dsum)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [8, 65, 1032])
+def test_backward_float_parameters(lib: driver.Library, dtype: torch.dtype, size: int) -> None:
+    norm = norms.Norm(norms.row_view(4, size), activation="silu")
+    check_backward(lib, norm, dtype, parameter_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("per_kept", [1, 3, 4])
+@pytest.mark.parametrize("inner", [1, 5, 16, 400])
+def test_backward_affine_by_channel(
+    lib: driver.Library, dtype: torch.dtype, per_kept: int, inner: int
+) -> None:
+    for frozen in (False, True):
+        norm = norms.Norm(
+            (5, 1, 3, per_kept * inner, inner, 1), frozen=frozen, activation="silu", dropout_p=0.2
+        )
+        check_backward(lib, norm, dtype, residual=True)
+
+
+@pytest.mark.parametrize("size", [65, 128, 1032, 9000])
+@pytest.mark.parametrize("centered", [True, False])
+def test_backward_frozen_statistics(lib: driver.Library, size: int, centered: bool) -> None:
+    norm = norms.Norm(norms.row_view(3, size), centered, frozen=True)
+    check_backward(lib, norm, torch.float32)
+
+
+def test_backward_only_what_is_wanted(lib: driver.Library) -> None:
+    norm = norms.Norm(norms.row_view(3, 520), activation="gelu", dropout_p=0.1)
+    for wanted in itertools.product((False, True), repeat=4):
+        check_backward(lib, norm, torch.float32, residual=True, wanted=wanted)
+    check_backward(lib, norm, torch.float32, affine=False)
+
+
+def test_backward_with_one_stage_has_the_same_bits(lib: driver.Library) -> None:
+    norm = norms.Norm(norms.row_view(5, 1024))
+    two = check_backward(lib, norm, torch.float32)
+    one = check_backward(lib, dataclasses.replace(norm, max_shared=20 * 1024), torch.float32)
+    assert torch.equal(one.dx, two.dx) and torch.equal(one.dweight, two.dweight)
+
+
+@pytest.mark.parametrize("size", [24, 65, 1000, 1032, 9000, 9001])
+def test_backward_orders_give_the_same_bits(lib: driver.Library, size: int) -> None:
+    norm = norms.Norm(norms.row_view(5, size), prologue=True, dropout_p=0.1)
+    results = []
+    for order in driver.ORDERS:
+        with lib.order(order):
+            results.append(check_backward(lib, norm, torch.bfloat16))
+    for other in results[1:]:
+        assert torch.equal(other.dx, results[0].dx)
+        assert torch.equal(other.dweight, results[0].dweight)
+        assert torch.equal(other.dbias, results[0].dbias)
+
+
+@pytest.mark.parametrize("size", [512, 2048, 16384])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_bytes_moved(lib: driver.Library, size: int, dtype: torch.dtype) -> None:
+    """3 E b without, 4 E b with the gradient of the sum; 2 P N 4 stored and loaded again."""
+    rows = 3
+    element_bytes = rows * size * dtype.itemsize
+    for prologue in (False, True):
+        norm = norms.Norm(norms.row_view(rows, size), prologue=prologue)
+        with lib.counting():
+            check_backward(lib, norm, dtype, wanted=(True, True, True, False))
+            kernel, partial = lib.reports()
+        groups = rows if size > 512 else -(-rows // (128 // (size // 16)))
+        buffers = kernel["buffers"]
+        names = ["dy", "x", "dx"] + ["dsum"] * prologue
+        moved = sum(buffers[name]["loaded"] + buffers[name]["stored"] for name in names)
+        assert moved == len(names) * element_bytes
+        assert buffers["workspace"] == {"loaded": 0, "stored": 8 * groups * size}
+        assert partial["buffers"]["workspace"] == {"loaded": 8 * groups * size, "stored": 0}
+        assert kernel["load"]["bytes"] - kernel["hints"]["ld.g"] == (len(names) - 1) * element_bytes

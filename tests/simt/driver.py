@@ -124,9 +124,9 @@ class Library:
     def __init__(self, path: pathlib.Path) -> None:
         self.lib = ctypes.CDLL(str(path))
         self.lib.simt_last_error.restype = ctypes.c_char_p
-        self.lib.simt_report.restype = ctypes.c_char_p
+        self.lib.simt_reports.restype = ctypes.c_char_p
         self._counting = False
-        self._report: dict[str, Any] = {}
+        self._reports: list[dict[str, Any]] = []
 
     @contextlib.contextmanager
     def order(self, name: str, seed: int | None = None) -> Iterator[None]:
@@ -149,9 +149,14 @@ class Library:
             self.lib.simt_set_counting(0)
             self._counting = False
 
+    def reports(self) -> list[dict[str, Any]]:
+        """Counters of each kernel of the last counted call (memory.cpp)."""
+        return self._reports
+
     def report(self) -> dict[str, Any]:
-        """Counters of the last counted call (memory.cpp); of its last kernel if it has several."""
-        return self._report
+        """Counters of the last counted call, which started one kernel."""
+        (only,) = self._reports
+        return only
 
     @contextlib.contextmanager
     def buffers(
@@ -186,10 +191,11 @@ class Library:
             else a
             for a in arguments
         ]
+        self.lib.simt_clear_reports()
         if getattr(self.lib, entry)(*converted):
             raise SimtError(self.lib.simt_last_error().decode())
         if self._counting:
-            self._report = json.loads(self.lib.simt_report())
+            self._reports = json.loads(self.lib.simt_reports())
 
 
 @functools.cache

@@ -34,7 +34,7 @@ uint64_t shared_requests_seen = 0, shared_wavefronts = 0;
 std::map<unsigned, uint64_t> widths;            // bytes per lane access -> accesses
 std::map<std::string, uint64_t> bytes_by_hint;  // cache operator -> bytes
 std::string kernel_name;
-std::string report;
+std::string reports, report;
 
 Buffer* find_buffer(uintptr_t begin, uintptr_t end) {
   for (Buffer& buffer : buffers) {
@@ -211,6 +211,39 @@ void copy_async_wait(unsigned groups_left) {
   }
 }
 
+void end_accounting() {
+  if (!settings.count) return;
+  auto totals = [](const Totals& t) {
+    return "{\"bytes\":" + std::to_string(t.bytes) + ",\"accesses\":" + std::to_string(t.accesses) +
+           ",\"requests\":" + std::to_string(t.requests) +
+           ",\"segments\":" + std::to_string(t.segments) +
+           ",\"least_segments\":" + std::to_string(t.least_segments) + "}";
+  };
+  std::string text = "{\"kernel\":\"" + kernel_name + "\",\"load\":" + totals(loads) +
+                     ",\"store\":" + totals(stores) +
+                     ",\"shared\":{\"requests\":" + std::to_string(shared_requests_seen) +
+                     ",\"wavefronts\":" + std::to_string(shared_wavefronts) + "},\"widths\":{";
+  std::string separator;
+  for (const auto& [bytes, count] : widths) {
+    text += separator + "\"" + std::to_string(bytes) + "\":" + std::to_string(count);
+    separator = ",";
+  }
+  text += "},\"hints\":{";
+  separator.clear();
+  for (const auto& [hint, bytes] : bytes_by_hint) {
+    text += separator + "\"" + hint + "\":" + std::to_string(bytes);
+    separator = ",";
+  }
+  text += "},\"buffers\":{";
+  separator.clear();
+  for (const Buffer& buffer : buffers) {
+    text += separator + "\"" + buffer.name + "\":{\"loaded\":" + std::to_string(buffer.loaded) +
+            ",\"stored\":" + std::to_string(buffer.stored) + "}";
+    separator = ",";
+  }
+  reports += (reports.empty() ? "" : ",") + text + "}}";
+}
+
 }  // namespace simt
 
 #define SIMT_EXPORT extern "C" __attribute__((visibility("default")))
@@ -222,37 +255,9 @@ SIMT_EXPORT void simt_add_buffer(const char* name, const void* pointer, size_t b
 }
 SIMT_EXPORT void simt_clear_buffers() { simt::buffers.clear(); }
 
-// JSON of the last launch; the counts are zero unless counting was on.
-SIMT_EXPORT const char* simt_report() {
-  using namespace simt;
-  auto totals = [](const Totals& t) {
-    return "{\"bytes\":" + std::to_string(t.bytes) + ",\"accesses\":" + std::to_string(t.accesses) +
-           ",\"requests\":" + std::to_string(t.requests) +
-           ",\"segments\":" + std::to_string(t.segments) +
-           ",\"least_segments\":" + std::to_string(t.least_segments) + "}";
-  };
-  report = "{\"kernel\":\"" + kernel_name + "\",\"load\":" + totals(loads) +
-           ",\"store\":" + totals(stores) +
-           ",\"shared\":{\"requests\":" + std::to_string(shared_requests_seen) +
-           ",\"wavefronts\":" + std::to_string(shared_wavefronts) + "},\"widths\":{";
-  std::string separator;
-  for (const auto& [bytes, count] : widths) {
-    report += separator + "\"" + std::to_string(bytes) + "\":" + std::to_string(count);
-    separator = ",";
-  }
-  report += "},\"hints\":{";
-  separator.clear();
-  for (const auto& [hint, bytes] : bytes_by_hint) {
-    report += separator + "\"" + hint + "\":" + std::to_string(bytes);
-    separator = ",";
-  }
-  report += "},\"buffers\":{";
-  separator.clear();
-  for (const Buffer& buffer : buffers) {
-    report += separator + "\"" + buffer.name + "\":{\"loaded\":" + std::to_string(buffer.loaded) +
-              ",\"stored\":" + std::to_string(buffer.stored) + "}";
-    separator = ",";
-  }
-  report += "}}";
-  return report.c_str();
+// JSON list of the launches since simt_clear_reports() that were counted.
+SIMT_EXPORT void simt_clear_reports() { simt::reports.clear(); }
+SIMT_EXPORT const char* simt_reports() {
+  simt::report = "[" + simt::reports + "]";
+  return simt::report.c_str();
 }

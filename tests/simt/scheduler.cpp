@@ -411,6 +411,7 @@ int run(const char* name, const Launch& config, const std::function<void()>& bod
     }
     end_block_accounting();
   }
+  end_accounting();
   return 0;
 }
 

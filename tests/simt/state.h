@@ -70,6 +70,7 @@ bool inside_shared(const Block& block, const void* pointer, size_t bytes);
 // Memory accounting of the launch in progress (memory.cpp).
 void begin_accounting(const char* kernel);
 void end_block_accounting();
+void end_accounting();
 
 struct Settings {
   int order = 0;  // 0 forward, 1 reverse, 2 shuffled every round, 3 warps out of phase

@@ -1,0 +1,518 @@
+// Row geometry, backward. With xhat = (x - mean) * rstd, the gradient h that reaches the affine map
+// and g = h * (weight + offset):
+//
+//   h = activation'(xhat * w + bias + residual) * dropout(dy)       (prologue: h = dy)
+//   dx = rstd * (g - mean(g) - xhat * mean(g * xhat))               (MeanSquare: no mean(g);
+//                                                                    frozen: dx = rstd * g)
+//   dresidual = h;  dweight = sum over rows of h * xhat;  dbias = sum over rows of h
+//   prologue: ds = dx + dsum;  dresidual = ds;  dx = dropout(ds)
+//
+// Blocks are persistent: block b of G takes rows b, b + G, ..., and keeps its dweight and dbias in
+// registers, the columns of a thread being the same in every row. While a row is reduced the next
+// one is on its way: each thread copies its own packs to its own place in shared memory, so no
+// barrier is needed, and reads them from there in both passes, which keeps the registers for the
+// sums. At the end every block stores one partial row, and a second kernel adds the partial rows
+// in a fixed order. G depends on N, and is at most what the rows ask for: dweight depends on the
+// number of rows, dx doesn't. Bytes: 3 E b (with dsum 4 E b), and 16 G N for the partial rows,
+// which stay in L2.
+//
+// Rows that no cluster can hold are read twice, and add to their block's partial row in memory.
+// Where the channel isn't the column (group and instance norm) a kernel of its own adds up dweight
+// and dbias, for 2 E b more: the sums of a row would need a scatter by channel.
+#pragma once
+
+#include "cuda/row_norm.cuh"
+
+namespace fastnorm::cuda {
+
+inline constexpr int kProcessors = 132;  // of the chip that G is tuned for; any other works as well
+inline constexpr int kBackwardThreads = 384;  // 512 would leave 128 registers: too few
+inline constexpr int kChannelThreads = 128;
+inline constexpr int kTile = 32;
+
+// Packs of a row that a thread owns: its elements have three registers each (dweight, dbias, g),
+// twice as many for double. Without packs the code of an element isn't shared with its neighbours,
+// so there are fewer.
+template <typename T, int width>
+inline constexpr int kBackwardItems =
+    width == 1 ? (sizeof(T) == 8 ? 4 : 8) : (sizeof(T) == 8 ? 4 : 16) / width;
+
+struct BackwardShape {
+  RowShape row;
+  int stages;      // rows in shared memory per block: this one and, if 2, the next
+  int64_t groups;  // G: partial rows
+};
+
+// One pack of the backward pass: xhat, and h from dy.
+template <typename T, int n>
+FASTNORM_DEVICE void gradient_of_pack(const NormBackward<T>& p, const Pack<T, n>& x,
+                                      const Pack<T, n>& dy, const Pack<T, n>& residual,
+                                      const Accumulate<T> (&weight)[n], const Channels& channels,
+                                      int64_t column, Accumulate<T> mean, Accumulate<T> rstd,
+                                      const Drop<Accumulate<T>>& drop, int64_t index,
+                                      Accumulate<T> (&xhat)[n], Accumulate<T> (&h)[n]) {
+  using A = Accumulate<T>;
+  widen(x, xhat);
+  widen(dy, h);
+#pragma unroll
+  for (int e = 0; e < n; ++e) xhat[e] = (xhat[e] - mean) * rstd;
+  if (p.config.prologue) return;
+  drop.apply(h, index);
+  if (p.config.activation == Activation::None) return;
+  A pre[n];
+  load_channels<T>(p.bias, channels, column, A(0), pre);
+#pragma unroll
+  for (int e = 0; e < n; ++e) pre[e] = xhat[e] * weight[e] + pre[e];
+  if (p.residual != nullptr) {
+    A r[n];
+    widen(residual, r);
+#pragma unroll
+    for (int e = 0; e < n; ++e) pre[e] += r[e];
+  }
+  activate_backward(h, pre, p.config.activation);
+}
+
+// Weight with its offset, of columns j .. j+n-1.
+template <typename T, int n>
+FASTNORM_DEVICE void load_weight(const NormBackward<T>& p, const Channels& channels, int64_t j,
+                                 Accumulate<T> (&weight)[n]) {
+  using A = Accumulate<T>;
+  load_channels<T>(p.weight, channels, j, A(1), weight);
+  if (p.weight.data == nullptr) return;
+#pragma unroll
+  for (int e = 0; e < n; ++e) weight[e] += static_cast<A>(p.config.weight_offset);
+}
+
+// Stores dx of one pack, and with the prologue dresidual; `extra` is dsum.
+template <typename T, int n>
+FASTNORM_DEVICE void store_gradients(const NormBackward<T>& p, const Accumulate<T> (&xhat)[n],
+                                     const Accumulate<T> (&g)[n], const Pack<T, n>& extra,
+                                     Accumulate<T> mean_g, Accumulate<T> mean_gx,
+                                     Accumulate<T> rstd, const Drop<Accumulate<T>>& drop,
+                                     int64_t index) {
+  using A = Accumulate<T>;
+  A dx[n];
+#pragma unroll
+  for (int e = 0; e < n; ++e) dx[e] = rstd * (g[e] - mean_g - xhat[e] * mean_gx);
+  if (p.config.prologue) {
+    if (p.dsum != nullptr) {
+      A ds[n];
+      widen(extra, ds);
+#pragma unroll
+      for (int e = 0; e < n; ++e) dx[e] += ds[e];
+    }
+    if (p.dresidual != nullptr) store(p.dresidual + index, narrow<T>(dx));
+    if (p.dx == nullptr) return;
+    drop.apply(dx, index);
+  }
+  if (p.dx != nullptr) store(p.dx + index, narrow<T>(dx));
+}
+
+// Mean and reciprocal deviation of a row.
+template <typename T>
+FASTNORM_DEVICE void load_statistics(const NormBackward<T>& p, int64_t row, Accumulate<T>& mean,
+                                     Accumulate<T>& rstd) {
+  using A = Accumulate<T>;
+  mean = p.config.statistic == Statistic::MeanVar ? load(p.mean + row) : A(0);
+  rstd = A(1) / sqrt(load(p.var + row) + static_cast<A>(p.config.eps));
+}
+
+// The thread's packs of x, dy and a third tensor, in shared memory, twice where stages is 2.
+template <typename T, int width, int items>
+struct Staging {
+  T* mine;
+  int distance;  // elements between two packs of a thread
+
+  FASTNORM_DEVICE T* at(int stage, int tensor, int i) const {
+    return mine + ((stage * 3 + tensor) * items + i) * distance;
+  }
+  FASTNORM_DEVICE void fetch(T* slot, const T* source) const {
+    if constexpr (sizeof(T) * width >= 4) {
+      copy_async<width>(slot, source);
+    } else {
+      shared_store(slot, load_streaming<width>(source));
+    }
+  }
+};
+
+template <typename T, int width>
+__global__ __launch_bounds__(kBackwardThreads) void row_norm_bwd_kernel(NormBackward<T> p,
+                                                                        BackwardShape shape) {
+  using A = Accumulate<T>;
+  constexpr int items = kBackwardItems<T, width>;
+  const int64_t size = p.config.view.reduce_inner;
+  A* scratch = reinterpret_cast<A*>(dynamic_shared());
+  if (shape.row.cluster > 1) cluster_arrive();
+  const Staging<T, width, items> staging{
+      reinterpret_cast<T*>(scratch + 2 * kRowScratch) + threadIdx.x * width,
+      static_cast<int>(blockDim.x) * width};
+  RowThread t = RowThread::of(p.config.view, shape.row);
+  const int rows_per_block = static_cast<int>(blockDim.x) / shape.row.lanes;
+  const int64_t jump = shape.groups * rows_per_block;
+  const int packs = static_cast<int>(size / width);
+  const bool centered = p.config.statistic == Statistic::MeanVar;
+  const bool by_column = p.config.view.inner == 1 && p.config.view.kept == 1;
+  const bool sums = by_column && (p.dweight != nullptr || p.dbias != nullptr);
+  const T* third = p.config.prologue ? p.dsum : p.residual;
+  const Drop<A> drop = Drop<A>::of(p.config.dropout);
+
+  const auto fetch_row = [&](int64_t row, int stage) {
+    if (row >= t.rows) return;
+#pragma unroll
+    for (int i = 0; i < items; ++i) {
+      const int k = t.lane + i * t.step;
+      if (k >= packs) continue;
+      const int64_t index = row * size + k * int64_t{width};
+      staging.fetch(staging.at(stage, 0, i), p.x + index);
+      if (p.dy != nullptr) staging.fetch(staging.at(stage, 1, i), p.dy + index);
+      if (third != nullptr) staging.fetch(staging.at(stage, 2, i), third + index);
+    }
+  };
+
+  A dweight[items][width], dbias[items][width];
+#pragma unroll
+  for (int i = 0; i < items; ++i) {
+#pragma unroll
+    for (int e = 0; e < width; ++e) dweight[i][e] = dbias[i][e] = A(0);
+  }
+  if (shape.stages == 2) fetch_row(t.row, 0);
+  copy_async_commit();
+  if (shape.row.cluster > 1) cluster_wait();
+
+  // All rows of a block take part in its reductions until the last of them is done.
+  const int64_t in_block = rows_per_block == 1 ? 0 : threadIdx.x / shape.row.lanes;
+  int turn = 0;
+  for (; t.row - in_block < t.rows; t.row += jump, turn ^= 1) {
+    const int stage = shape.stages == 2 ? turn : 0;
+    if (shape.stages == 2) {
+      fetch_row(t.row + jump, stage ^ 1);
+      copy_async_commit();
+    } else {
+      fetch_row(t.row, 0);
+      copy_async_commit();
+      copy_async_wait<0>();
+    }
+    const int here = t.row < t.rows ? packs : 0;
+    A mean = 0, rstd = 0;
+    if (here > 0) load_statistics(p, t.row, mean, rstd);
+    const Channels channels = Channels::of_row(p.config.view, t.row);
+    copy_async_wait<1>();
+
+    A sum[2] = {0, 0}, g[items][width];
+#pragma unroll
+    for (int i = 0; i < items; ++i) {
+      const int k = t.lane + i * t.step;
+      if (k >= here) continue;
+      const int64_t column = k * int64_t{width}, index = t.row * size + column;
+      Pack<T, width> dy{}, residual{};
+      if (p.dy != nullptr) dy = shared_load<width>(staging.at(stage, 1, i));
+      if (p.residual != nullptr) residual = shared_load<width>(staging.at(stage, 2, i));
+      A weight[width], xhat[width], h[width];
+      load_weight<T>(p, channels, column, weight);
+      gradient_of_pack(p, shared_load<width>(staging.at(stage, 0, i)), dy, residual, weight,
+                       channels, column, mean, rstd, drop, index, xhat, h);
+#pragma unroll
+      for (int e = 0; e < width; ++e) {
+        g[i][e] = h[e] * weight[e];
+        sum[0] += g[i][e];
+        sum[1] += g[i][e] * xhat[e];
+        dweight[i][e] += h[e] * xhat[e];
+        dbias[i][e] += h[e];
+      }
+      if (!p.config.prologue && p.dresidual != nullptr) store(p.dresidual + index, narrow<T>(h));
+    }
+    if (!p.config.frozen) row_sum(sum, shape.row, scratch + turn * kRowScratch);
+    const A mean_g = p.config.frozen || !centered ? A(0) : sum[0] / static_cast<A>(size);
+    const A mean_gx = p.config.frozen ? A(0) : sum[1] / static_cast<A>(size);
+    if (p.dx == nullptr && (!p.config.prologue || p.dresidual == nullptr)) continue;
+#pragma unroll
+    for (int i = 0; i < items; ++i) {
+      const int k = t.lane + i * t.step;
+      if (k >= here) continue;
+      A xhat[width];
+      widen(shared_load<width>(staging.at(stage, 0, i)), xhat);
+#pragma unroll
+      for (int e = 0; e < width; ++e) xhat[e] = (xhat[e] - mean) * rstd;
+      Pack<T, width> extra{};
+      if (p.dsum != nullptr) extra = shared_load<width>(staging.at(stage, 2, i));
+      store_gradients(p, xhat, g[i], extra, mean_g, mean_gx, rstd, drop,
+                      t.row * size + k * int64_t{width});
+    }
+  }
+  copy_async_wait<0>();
+  if (!sums) return;
+
+  // One partial row per block: [dweight, dbias][group][column].
+  A* partial = reinterpret_cast<A*>(p.workspace);
+  const int64_t group = blockIdx.x / shape.row.cluster;
+  A* here[2] = {partial + group * size, partial + (shape.groups + group) * size};
+  if (rows_per_block == 1) {
+#pragma unroll
+    for (int i = 0; i < items; ++i) {
+      const int k = t.lane + i * t.step;
+      if (k >= packs) continue;
+      store_values(here[0] + k * int64_t{width}, dweight[i]);
+      store_values(here[1] + k * int64_t{width}, dbias[i]);
+    }
+    return;
+  }
+  // The rows of the block first, in their order.
+  const int columns = static_cast<int>(size);
+#pragma unroll
+  for (int which = 0; which < 2; ++which) {
+    __syncthreads();
+    A* own = scratch + in_block * columns;
+#pragma unroll
+    for (int i = 0; i < items; ++i) {
+      const int k = t.lane + i * t.step;
+      if (k >= packs) continue;
+#pragma unroll
+      for (int e = 0; e < width; ++e) {
+        shared_store(own + k * width + e, which == 0 ? dweight[i][e] : dbias[i][e]);
+      }
+    }
+    __syncthreads();
+    for (int c = static_cast<int>(threadIdx.x); c < columns; c += static_cast<int>(blockDim.x)) {
+      A total = 0;
+      for (int r = 0; r < rows_per_block; ++r) total += shared_load(scratch + r * columns + c);
+      store(here[which] + c, total);
+    }
+  }
+}
+
+// Rows of any length: two reads, and the block's partial row in memory.
+template <typename T, int width>
+__global__ __launch_bounds__(kBackwardThreads) void row_norm_bwd_streaming_kernel(
+    NormBackward<T> p, BackwardShape shape) {
+  using A = Accumulate<T>;
+  const int64_t size = p.config.view.reduce_inner, packs = size / width;
+  A* scratch = reinterpret_cast<A*>(dynamic_shared());
+  if (shape.row.cluster > 1) cluster_arrive();
+  RowThread t = RowThread::of(p.config.view, shape.row);
+  const bool centered = p.config.statistic == Statistic::MeanVar;
+  const bool by_column = p.config.view.inner == 1 && p.config.view.kept == 1;
+  const bool sums = by_column && (p.dweight != nullptr || p.dbias != nullptr);
+  const Drop<A> drop = Drop<A>::of(p.config.dropout);
+  A* partial = reinterpret_cast<A*>(p.workspace);
+  const int64_t group = t.row;
+  if (shape.row.cluster > 1) cluster_wait();
+
+  int turn = 0;
+  for (; t.row < t.rows; t.row += shape.groups, turn ^= 1) {
+    A mean, rstd;
+    load_statistics(p, t.row, mean, rstd);
+    const Channels channels = Channels::of_row(p.config.view, t.row);
+    const auto gradient = [&](int64_t k, A(&weight)[width], A(&xhat)[width], A(&h)[width]) {
+      const int64_t column = k * width, index = t.row * size + column;
+      load_weight<T>(p, channels, column, weight);
+      Pack<T, width> dy{}, residual{};
+      if (p.dy != nullptr) dy = load<width>(p.dy + index);
+      if (p.residual != nullptr) residual = load<width>(p.residual + index);
+      gradient_of_pack(p, load<width>(p.x + index), dy, residual, weight, channels, column, mean,
+                       rstd, drop, index, xhat, h);
+    };
+    A sum[2] = {0, 0};
+    for (int64_t k = t.lane; k < packs; k += t.step) {
+      A weight[width], xhat[width], h[width], dweight[width], dbias[width];
+      gradient(k, weight, xhat, h);
+#pragma unroll
+      for (int e = 0; e < width; ++e) {
+        sum[0] += h[e] * weight[e];
+        sum[1] += h[e] * weight[e] * xhat[e];
+      }
+      if (!p.config.prologue && p.dresidual != nullptr) {
+        store(p.dresidual + t.row * size + k * width, narrow<T>(h));
+      }
+      if (!sums) continue;
+      A* slot[2] = {partial + group * size + k * width,
+                    partial + (shape.groups + group) * size + k * width};
+#pragma unroll
+      for (int e = 0; e < width; ++e) {
+        const bool begun = t.row != group;
+        dweight[e] = (begun ? load_coherent<1>(slot[0] + e).v[0] : A(0)) + h[e] * xhat[e];
+        dbias[e] = (begun ? load_coherent<1>(slot[1] + e).v[0] : A(0)) + h[e];
+      }
+      store_values(slot[0], dweight);
+      store_values(slot[1], dbias);
+    }
+    if (!p.config.frozen) row_sum(sum, shape.row, scratch + turn * kRowScratch);
+    const A mean_g = p.config.frozen || !centered ? A(0) : sum[0] / static_cast<A>(size);
+    const A mean_gx = p.config.frozen ? A(0) : sum[1] / static_cast<A>(size);
+    if (p.dx == nullptr && (!p.config.prologue || p.dresidual == nullptr)) continue;
+    for (int64_t k = t.lane; k < packs; k += t.step) {
+      A weight[width], xhat[width], h[width];
+      gradient(k, weight, xhat, h);
+      const int64_t index = t.row * size + k * width;
+      Pack<T, width> extra{};
+      if (p.dsum != nullptr) extra = load_streaming<width>(p.dsum + index);
+#pragma unroll
+      for (int e = 0; e < width; ++e) h[e] *= weight[e];
+      store_gradients(p, xhat, h, extra, mean_g, mean_gx, rstd, drop, index);
+    }
+  }
+}
+
+// dweight and dbias by channel: block (channel, chunk of the outer dimension) adds up its elements.
+template <typename T>
+__global__ __launch_bounds__(kChannelThreads) void channel_gradients_kernel(NormBackward<T> p,
+                                                                            int64_t chunks) {
+  using A = Accumulate<T>;
+  A* scratch = reinterpret_cast<A*>(dynamic_shared());
+  const View& view = p.config.view;
+  const int64_t channels = view.channels();
+  const int64_t channel = blockIdx.x % channels, chunk = blockIdx.x / channels;
+  const int64_t per_kept = view.channels_per_kept();
+  const int64_t kept = channel / per_kept, first = channel % per_kept * view.inner;
+  const int64_t begin = view.outer * chunk / chunks, end = view.outer * (chunk + 1) / chunks;
+  const Drop<A> drop = Drop<A>::of(p.config.dropout);
+  const Channels own{channel, 1};
+  A weight[1];
+  load_weight<T>(p, own, 0, weight);
+
+  A sum[2] = {0, 0};
+  const int64_t count = (end - begin) * view.inner;
+  for (int64_t i = threadIdx.x; i < count; i += kChannelThreads) {
+    const int64_t sample = divide(i, view.inner);
+    const int64_t row = (begin + sample) * view.kept + kept;
+    const int64_t index = row * view.reduce_inner + first + (i - sample * view.inner);
+    A mean, rstd, xhat[1], h[1];
+    load_statistics(p, row, mean, rstd);
+    Pack<T, 1> residual{};
+    if (p.residual != nullptr) residual = load_streaming<1>(p.residual + index);
+    gradient_of_pack(p, load_streaming<1>(p.x + index), load_streaming<1>(p.dy + index), residual,
+                     weight, own, 0, mean, rstd, drop, index, xhat, h);
+    sum[0] += h[0] * xhat[0];
+    sum[1] += h[0];
+  }
+  block_sum(sum, scratch);
+  if (threadIdx.x == 0) {
+    A* partial = reinterpret_cast<A*>(p.workspace) + chunk * channels + channel;
+    store(partial, sum[0]);
+    store(partial + chunks * channels, sum[1]);
+  }
+}
+
+// Adds the partial rows: a block has 32 columns, thread row r adds partial rows r, r + 32, ...
+template <typename T>
+__global__ __launch_bounds__(kTile* kTile) void add_partial_rows_kernel(NormBackward<T> p,
+                                                                        int64_t groups,
+                                                                        int64_t size) {
+  using A = Accumulate<T>;
+  A* tile = reinterpret_cast<A*>(dynamic_shared());
+  const int c = static_cast<int>(threadIdx.x) % kTile, r = static_cast<int>(threadIdx.x) / kTile;
+  const int64_t tiles = (size + kTile - 1) / kTile;
+  const bool second = blockIdx.x >= tiles;
+  const int64_t column = (blockIdx.x - (second ? tiles : 0)) * kTile + c;
+  void* target = second ? p.dbias : p.dweight;
+  if (target == nullptr) return;
+  const A* partial = reinterpret_cast<const A*>(p.workspace) + (second ? groups * size : 0);
+  A sum = 0;
+  if (column < size) {
+#pragma unroll 8
+    for (int64_t g = r; g < groups; g += kTile) sum += load(partial + g * size + column);
+  }
+  shared_store(tile + r * kTile + c, sum);
+  __syncthreads();
+  if (r != 0 || column >= size) return;
+  sum = 0;
+  for (int i = 0; i < kTile; ++i) sum += shared_load(tile + i * kTile + c);
+  if (second ? p.dbias_wide : p.dweight_wide) {
+    store(static_cast<A*>(target) + column, sum);
+  } else {
+    store(static_cast<T*>(target) + column, narrow<T>(sum));
+  }
+}
+
+// Most partial rows of a length: performance is flat around these, memory is not.
+inline int64_t partial_rows(int64_t size) {
+  return kProcessors * (size <= 256 ? 8 : size <= 1024 ? 4 : size <= 2048 ? 2 : 1);
+}
+
+// Chunks of the outer dimension, so that channels x chunks fill the chip a few times.
+inline int64_t channel_chunks(const View& view) {
+  const int64_t wanted = (8 * kProcessors + view.channels() - 1) / view.channels();
+  return std::max<int64_t>(1, std::min(wanted, view.outer));
+}
+
+inline bool parameters_by_column(const View& view) { return view.inner == 1 && view.kept == 1; }
+
+inline size_t row_norm_bwd_workspace_bytes(const View& view, size_t element_size) {
+  const size_t value = element_size == 8 ? 8 : 4;
+  const int64_t rows = parameters_by_column(view)
+                           ? std::min(partial_rows(view.reduce_inner), view.statistics())
+                           : channel_chunks(view);
+  return 2 * static_cast<size_t>(rows * view.channels()) * value;
+}
+
+template <int width, typename T, typename Launch>
+BackwardShape row_norm_bwd_of_width(const NormBackward<T>& p, const DeviceLimits& device,
+                                    Launch&& launch) {
+  using A = Accumulate<T>;
+  constexpr int kItems = kBackwardItems<T, width>;
+  constexpr int64_t kBlock = int64_t{kBackwardThreads} * kItems;
+  const int64_t rows = p.config.view.statistics(), size = p.config.view.reduce_inner;
+  const int64_t packs = size / width;
+  const int64_t widest = device.clusters ? kRowCluster : 1;
+
+  unsigned threads = kSmallThreads, cluster = 1;
+  int lanes = lanes_for((packs + kItems - 1) / kItems);
+  if (packs > 32 * kItems) {
+    while (packs > cluster * kBlock && cluster < widest) cluster *= 2;
+    threads =
+        std::min<unsigned>(kBackwardThreads, threads_for((packs + cluster - 1) / cluster, kItems));
+    lanes = static_cast<int>(threads);
+  }
+  const int64_t per_block = threads / lanes;
+  BackwardShape shape{{lanes, static_cast<int>(cluster)}, 2, 0};
+  shape.groups = std::min((rows + per_block - 1) / per_block,
+                          std::max<int64_t>(1, partial_rows(size) / cluster));
+  const unsigned grid = static_cast<unsigned>(shape.groups) * cluster;
+  const size_t scratch = 2 * kRowScratch * sizeof(A);
+  if (packs > widest * kBlock) {
+    launch("row_norm_bwd, streaming", LaunchShape{grid, threads, scratch, cluster},
+           row_norm_bwd_streaming_kernel<T, width>, p, shape);
+    return shape;
+  }
+  const size_t stage = size_t{3} * kItems * threads * width * sizeof(T);
+  if (scratch + 2 * stage > device.max_shared) shape.stages = 1;
+  // The block's own rows of sums take the place of the stages at the end.
+  const size_t own_rows = per_block == 1 ? 0 : static_cast<size_t>(per_block * size) * sizeof(A);
+  const size_t shared = std::max(scratch + shape.stages * stage, own_rows);
+  launch(cluster > 1           ? "row_norm_bwd, cluster"
+         : packs > 32 * kItems ? "row_norm_bwd, block"
+                               : "row_norm_bwd, warp",
+         LaunchShape{grid, threads, shared, cluster}, row_norm_bwd_kernel<T, width>, p, shape);
+  return shape;
+}
+
+template <typename T, typename Launch>
+void row_norm_bwd(const NormBackward<T>& p, const DeviceLimits& device, Launch&& launch) {
+  using A = Accumulate<T>;
+  const View& view = p.config.view;
+  constexpr int width = kPackSize<T>;
+  const bool packs =
+      view.reduce_inner % width == 0 &&
+      aligned_to_16({p.x, p.dy, p.dsum, p.residual, p.weight.data, p.bias.data, p.dx, p.dresidual});
+  const bool sums = p.dweight != nullptr || p.dbias != nullptr;
+  int64_t groups = 0;
+  if (view.numel() > 0) {
+    groups = packs ? row_norm_bwd_of_width<width>(p, device, launch).groups
+                   : row_norm_bwd_of_width<1>(p, device, launch).groups;
+  }
+  const int64_t channels = view.channels();
+  if (!sums || channels == 0) return;
+  if (!parameters_by_column(view) && view.numel() > 0) {
+    groups = channel_chunks(view);
+    launch("channel_gradients",
+           LaunchShape{static_cast<unsigned>(channels * groups), kChannelThreads,
+                       2 * kMaxWarps * sizeof(A)},
+           channel_gradients_kernel<T>, p, groups);
+  }
+  // Without rows the sums are zero, which this kernel stores as well.
+  const int64_t tiles = (channels + kTile - 1) / kTile;
+  launch("add_partial_rows",
+         LaunchShape{static_cast<unsigned>(2 * tiles), kTile * kTile, kTile * kTile * sizeof(A)},
+         add_partial_rows_kernel<T>, p, groups, channels);
+}
+
+}  // namespace fastnorm::cuda
