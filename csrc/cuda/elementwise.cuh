@@ -6,6 +6,12 @@
 #include "common/philox.h"
 #include "cuda/pack.cuh"
 
+#ifdef FASTNORM_SIMT
+#define FASTNORM_NOINLINE __attribute__((noinline))
+#else
+#define FASTNORM_NOINLINE __device__ __noinline__
+#endif
+
 namespace fastnorm::cuda {
 
 // Dropout of a launch, read once per thread.
@@ -55,10 +61,28 @@ FASTNORM_DEVICE void activate(A (&v)[n], Activation activation) {
   });
 }
 
-// grad *= activation'(pre)
-template <typename A, int n>
+template <typename A>
+FASTNORM_NOINLINE A activation_derivative(A x, Activation activation) {
+  A result = A(1);
+  visit_activation(activation, [&](auto f) { result = decltype(f)::derivative(x); });
+  return result;
+}
+
+// grad *= activation'(pre). `called`: by a call per element, for kernels that unroll many packs,
+// where eight derivatives in line would be most of the code (and half of the compile time).
+template <bool called, typename A, int n>
 FASTNORM_DEVICE void activate_backward(A (&grad)[n], const A (&pre)[n], Activation activation) {
   if (activation == Activation::None) return;
+  if constexpr (called) {
+    if (activation == Activation::Relu) {
+#pragma unroll
+      for (int e = 0; e < n; ++e) grad[e] *= Relu::derivative(pre[e]);
+      return;
+    }
+#pragma unroll
+    for (int e = 0; e < n; ++e) grad[e] *= activation_derivative(pre[e], activation);
+    return;
+  }
   visit_activation(activation, [&](auto f) {
 #pragma unroll
     for (int e = 0; e < n; ++e) grad[e] *= decltype(f)::derivative(pre[e]);

@@ -43,8 +43,8 @@ struct BackwardShape {
   int64_t groups;  // G: partial rows
 };
 
-// One pack of the backward pass: xhat, and h from dy.
-template <typename T, int n>
+// One pack of the backward pass: xhat, and h from dy. `called` as in activate_backward.
+template <bool called, typename T, int n>
 FASTNORM_DEVICE void gradient_of_pack(const NormBackward<T>& p, const Pack<T, n>& x,
                                       const Pack<T, n>& dy, const Pack<T, n>& residual,
                                       const Accumulate<T> (&weight)[n], const Channels& channels,
@@ -69,7 +69,7 @@ FASTNORM_DEVICE void gradient_of_pack(const NormBackward<T>& p, const Pack<T, n>
 #pragma unroll
     for (int e = 0; e < n; ++e) pre[e] += r[e];
   }
-  activate_backward(h, pre, p.config.activation);
+  activate_backward<called>(h, pre, p.config.activation);
 }
 
 // Weight with its offset, of columns j .. j+n-1.
@@ -209,8 +209,8 @@ __global__ __launch_bounds__(kBackwardThreads) void row_norm_bwd_kernel(NormBack
       if (p.residual != nullptr) residual = shared_load<width>(staging.at(stage, 2, i));
       A weight[width], xhat[width], h[width];
       load_weight<T>(p, channels, column, weight);
-      gradient_of_pack(p, shared_load<width>(staging.at(stage, 0, i)), dy, residual, weight,
-                       channels, column, mean, rstd, drop, index, xhat, h);
+      gradient_of_pack<true>(p, shared_load<width>(staging.at(stage, 0, i)), dy, residual, weight,
+                             channels, column, mean, rstd, drop, index, xhat, h);
 #pragma unroll
       for (int e = 0; e < width; ++e) {
         g[i][e] = h[e] * weight[e];
@@ -308,8 +308,8 @@ __global__ __launch_bounds__(kBackwardThreads) void row_norm_bwd_streaming_kerne
       Pack<T, width> dy{}, residual{};
       if (p.dy != nullptr) dy = load<width>(p.dy + index);
       if (p.residual != nullptr) residual = load<width>(p.residual + index);
-      gradient_of_pack(p, load<width>(p.x + index), dy, residual, weight, channels, column, mean,
-                       rstd, drop, index, xhat, h);
+      gradient_of_pack<false>(p, load<width>(p.x + index), dy, residual, weight, channels, column,
+                              mean, rstd, drop, index, xhat, h);
     };
     A sum[2] = {0, 0};
     for (int64_t k = t.lane; k < packs; k += t.step) {
@@ -379,8 +379,8 @@ __global__ __launch_bounds__(kChannelThreads) void channel_gradients_kernel(Norm
     load_statistics(p, row, mean, rstd);
     Pack<T, 1> residual{};
     if (p.residual != nullptr) residual = load_streaming<1>(p.residual + index);
-    gradient_of_pack(p, load_streaming<1>(p.x + index), load_streaming<1>(p.dy + index), residual,
-                     weight, own, 0, mean, rstd, drop, index, xhat, h);
+    gradient_of_pack<false>(p, load_streaming<1>(p.x + index), load_streaming<1>(p.dy + index),
+                            residual, weight, own, 0, mean, rstd, drop, index, xhat, h);
     sum[0] += h[0] * xhat[0];
     sum[1] += h[0];
   }

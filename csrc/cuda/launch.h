@@ -1,0 +1,45 @@
+// Starts the kernels on a CUDA stream; the emulator of tests/simt has its own counterpart.
+#pragma once
+
+#include <c10/cuda/CUDAException.h>
+#include <cuda_runtime.h>
+
+#include "cuda/norm_cuda.h"
+
+namespace fastnorm::cuda {
+
+struct StreamLaunch {
+  cudaStream_t stream;
+
+  template <typename... P, typename... A>
+  void operator()(const char*, const LaunchShape& shape, void (*kernel)(P...),
+                  const A&... arguments) const {
+    // Up to here a kernel may go without asking.
+    constexpr size_t kDefaultShared = 48 * 1024;
+    if (shape.shared > kDefaultShared) {
+      C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(shape.shared)));
+    }
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(shape.grid);
+    config.blockDim = dim3(shape.threads);
+    config.dynamicSmemBytes = shape.shared;
+    config.stream = stream;
+    cudaLaunchAttribute attributes[2];
+    config.attrs = attributes;
+    if (shape.cluster > 1) {
+      attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+      attributes[config.numAttrs].val.clusterDim = {shape.cluster, 1, 1};
+      ++config.numAttrs;
+    }
+    if (shape.cooperative) {
+      attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+      attributes[config.numAttrs].val.cooperative = 1;
+      ++config.numAttrs;
+    }
+    C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, P(arguments)...));
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+};
+
+}  // namespace fastnorm::cuda
