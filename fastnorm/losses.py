@@ -18,8 +18,12 @@ others, and :math:`0 \cdot \infty` counts as 0.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from fastnorm import _ops
 
 __all__ = ["LabelSmoothingCrossEntropy", "cross_entropy", "smooth_labels"]
 
@@ -179,17 +183,36 @@ def cross_entropy(
             f"ignore_index is not supported for floating point target, got {ignore_index}; use mask"
         )
     keep = mask
-    if not soft:
+    if soft:
+        if check_targets:
+            _check_distributions(target, dim, mask)
+    else:
         target = target.long()
-        kept = target != ignore_index
-        keep = kept if mask is None else kept & mask
-        if check_targets or target.device.type == "cpu":
+        if mask is not None:
+            target = target.masked_fill(~mask, ignore_index)
+        keep = target != ignore_index
+    if not soft and input.numel() and _use_kernel(input, weight, prior):
+        rows = input.movedim(dim, -1).reshape(-1, num_classes).contiguous()
+        ids = target.reshape(-1).contiguous()
+        need_grad = rows.requires_grad and torch.is_grad_enabled()
+        loss = CrossEntropyFunction.apply(
+            rows,
+            ids,
+            weight,
+            prior,
+            label_smoothing,
+            ignore_index,
+            reduction,
+            torch_mean,
+            need_grad,
+        )
+        loss = loss.view(positions) if reduction == "none" else loss
+    else:
+        if not soft and (check_targets or target.device.type == "cpu"):
             _check_ids(target, num_classes, keep)
-    elif check_targets:
-        _check_distributions(target, dim, keep)
-    loss = cross_entropy_reference(
-        input, target, weight, label_smoothing, prior, keep, reduction, torch_mean
-    )
+        loss = cross_entropy_reference(
+            input, target, weight, label_smoothing, prior, keep, reduction, torch_mean
+        )
     return loss if torch.is_autocast_enabled(input.device.type) else loss.to(input.dtype)
 
 
@@ -262,6 +285,67 @@ def cross_entropy_reference(
         mass = hard_mass
     total = (mass if keep is None else mass.masked_fill(~keep, 0)).sum()
     return loss.sum() / (total if torch_mean else torch.where(total == 0, 1, total))
+
+
+def _use_kernel(input: Tensor, weight: Tensor | None, prior: Tensor | None) -> bool:
+    # The kernel differentiates the logits alone.
+    if any(t is not None and t.requires_grad for t in (weight, prior)):
+        return False
+    return input.device.type == "cpu" and _ops.use_kernel(input, weight, prior)
+
+
+class CrossEntropyFunction(torch.autograd.Function):
+    """The kernel: rows of logits and class ids; the gradient is computed with the loss."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx: Any, input, target, weight, prior, smoothing, ignore_index, reduction, torch_mean, need
+    ):
+        loss, grad, scale = torch.ops.fastnorm.cross_entropy(
+            input,
+            target,
+            weight,
+            prior,
+            smoothing,
+            ignore_index,
+            ("none", "mean", "sum").index(reduction),
+            torch_mean,
+            need,
+        )
+        ctx.options = smoothing, ignore_index, reduction, torch_mean
+        ctx.save_for_backward(input, target, weight, prior, grad, scale)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor):  # type: ignore[no-untyped-def]
+        input, target, weight, prior, grad, scale = ctx.saved_tensors
+        smoothing, ignore_index, reduction, torch_mean = ctx.options
+        rest = (None,) * 8
+        if torch.is_grad_enabled():
+            with torch.enable_grad():
+                keep = target != ignore_index
+                loss = cross_entropy_reference(
+                    input, target, weight, smoothing, prior, keep, reduction, torch_mean
+                )
+                return *torch.autograd.grad(loss, input, grad_output, create_graph=True), *rest
+        factor = grad_output * scale
+        if reduction == "none":
+            return grad * factor.unsqueeze(1).to(grad.dtype), *rest
+        # The usual upstream gradient of a loss is 1, which saves a pass; looking is free on a CPU.
+        if grad.is_cpu and not torch.compiler.is_compiling() and factor.item() == 1:
+            return grad, *rest
+        return grad * factor, *rest
+
+
+def _fake_cross_entropy(input, target, weight, prior, smoothing, ignore_index, reduction, *rest):  # type: ignore[no-untyped-def]
+    double = input.dtype == torch.float64
+    dtype = torch.float64 if double else torch.float32
+    rows = input.shape[:1] if reduction == 0 else ()
+    grad = torch.empty_like(input) if rest[-1] else input.new_empty(0, input.shape[1])
+    return input.new_empty(rows, dtype=dtype), grad, input.new_empty((), dtype=dtype)
+
+
+_ops.FAKES["cross_entropy"] = _fake_cross_entropy
 
 
 class LabelSmoothingCrossEntropy(nn.Module):

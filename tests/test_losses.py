@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fastnorm
+from fastnorm import _ops
 from fastnorm.losses import LabelSmoothingCrossEntropy, cross_entropy, smooth_labels
 
 INF = math.inf
@@ -413,3 +415,199 @@ def test_bad_arguments_elsewhere():
         smooth_labels(torch.zeros(2, 3), 4)
     with pytest.raises(ValueError, match="num_classes=2"):
         smooth_labels(torch.zeros(2), 3, dim=None)
+
+
+# --- the kernel
+
+
+@pytest.fixture
+def kernel():
+    with fastnorm.use_backend("kernel"):
+        yield
+
+
+def both(input, target, upstream=None, **options):
+    """Loss and gradient of the kernel and of the reference in float64."""
+    results = []
+    for backend in ("kernel", "reference"):
+        x = input.detach().clone().requires_grad_()
+        if backend == "reference":
+            x = input.detach().double().requires_grad_()
+            double = {
+                k: v.double() for k, v in options.items() if torch.is_tensor(v) and k != "mask"
+            }
+            options = {**options, **double}
+        with fastnorm.use_backend(backend):
+            loss = cross_entropy(x, target, **options)
+        up = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
+        results += [loss.detach().double(), torch.autograd.grad(loss, x, up)[0].double()]
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [1, 2, 7, 16, 511, 512, 513, 1500])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_kernel_at_every_ragged_size(dtype, classes, reduction):
+    generator = torch.Generator().manual_seed(classes)
+    for smoothing, weighted, given_prior, masked in itertools.product(
+        (0.0, 0.1, 1.0), (False, True), (False, True), (False, True)
+    ):
+        x = 3 * torch.randn(6, classes, generator=generator, dtype=torch.float64)
+        target = torch.randint(classes, (6,), generator=generator)
+        if masked:
+            allowed = torch.rand(6, classes, generator=generator) > 0.5
+            allowed[torch.arange(6), target] = True
+            x = x.masked_fill(~allowed, -INF)
+        target[1] = -100
+        options = {"label_smoothing": smoothing, "reduction": reduction}
+        if weighted:
+            options["weight"] = torch.rand(classes, generator=generator, dtype=torch.float64)
+        if given_prior:
+            options["prior"] = torch.rand(classes, generator=generator, dtype=torch.float64)
+        loss, grad, exact_loss, exact_grad = both(x.to(dtype), target, **options)
+        # The result's own rounding, and that of chunk sums in the accumulation type. In float64
+        # the reference rounds as well, in proportion to the logarithms.
+        inner = 8 * torch.finfo(torch.float32).eps
+        eps = torch.finfo(dtype).eps * (64 if dtype == torch.float64 else 1)
+        eps += inner if dtype != torch.float64 else 0
+        assert (loss - exact_loss).abs().max() <= eps * (1 + exact_loss.abs().max())
+        assert (grad - exact_grad).abs().max() <= eps * (exact_grad.abs().max() + 0.1)
+        assert not grad[1].any() and not grad[x == -INF].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+def test_kernel_is_as_accurate_as_torch(dtype, spread):
+    torch.manual_seed(0)
+    x = (spread * torch.randn(64, 3000)).to(dtype)
+    target = torch.randint(3000, (64,))
+    loss, grad, exact_loss, exact_grad = both(x, target, label_smoothing=0.1, reduction="none")
+    y = x.clone().requires_grad_()
+    theirs = F.cross_entropy(y, target, label_smoothing=0.1, reduction="none")
+    their_grad = torch.autograd.grad(theirs.sum(), y)[0]
+    for got, torchs, exact in ((loss, theirs, exact_loss), (grad, their_grad, exact_grad)):
+        error, their_error = ((t.double() - exact).abs().max() for t in (got, torchs))
+        assert error <= 1.5 * their_error
+
+
+def test_kernel_is_stable_far_from_zero(kernel):
+    for x in (
+        torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4 + 1]]),
+        torch.tensor([[1.0, torch.finfo(torch.float32).min, 0.0]] * 2),
+        torch.cat([torch.full((2, 600), -1e4), torch.tensor([[0.0, 1.0]] * 2)], 1),
+    ):
+        target = torch.tensor([0, 1])
+        loss, grad, exact_loss, exact_grad = both(x, target, label_smoothing=0.0)
+        torch.testing.assert_close(loss, exact_loss, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(grad, exact_grad, rtol=1e-6, atol=1e-7)
+    for value in (INF, math.nan):
+        x = torch.zeros(2, 600)
+        x[0, 550] = value
+        x.requires_grad_()
+        loss = cross_entropy(x, torch.tensor([0, 1]), reduction="none")
+        assert loss[0].isnan() and loss[1].isfinite()
+        grad = torch.autograd.grad(loss.sum(), x)[0]
+        assert grad[0].isnan().all() and grad[1].isfinite().all()
+
+
+def test_kernel_gives_the_same_bits_for_any_threads_and_batch(kernel):
+    torch.manual_seed(0)
+    x, target = torch.randn(300, 1000), torch.randint(1000, (300,))
+    options = {"label_smoothing": 0.1, "reduction": "none"}
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            y = x.clone().requires_grad_()
+            loss = cross_entropy(y, target, **options)
+            mean = cross_entropy(x, target, label_smoothing=0.1)
+            results.append((loss.detach(), torch.autograd.grad(loss.sum(), y)[0], mean))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+    for part in (slice(0, 1), slice(37, 90)):
+        assert torch.equal(cross_entropy(x[part], target[part], **options), results[0][0][part])
+
+
+def test_kernel_backward_twice_and_scaled(kernel):
+    torch.manual_seed(0)
+    x = torch.randn(4, 9, requires_grad=True)
+    hidden = x * 1
+    target = torch.tensor([0, 3, -100, 8])
+    loss = cross_entropy(hidden, target, label_smoothing=0.1)
+    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+    kept = first.clone()
+    first.zero_()  # what backward returned is the caller's
+    (second,) = torch.autograd.grad(loss, x, torch.tensor(2.0), retain_graph=True)
+    torch.testing.assert_close(second, 2 * kept)
+    leaf = x.detach().clone().requires_grad_()
+    loss = cross_entropy(leaf, target, label_smoothing=0.1)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(leaf.grad, 2 * kept)
+    with torch.no_grad():
+        assert not cross_entropy(x, target).requires_grad
+
+
+def test_kernel_layouts(kernel):
+    torch.manual_seed(0)
+    base = torch.randn(2, 7, 5, 6)
+    target = torch.randint(7, (2, 5, 6))
+    for x in (
+        base,
+        base.to(memory_format=torch.channels_last),
+        base.transpose(2, 3).contiguous().transpose(2, 3),
+    ):
+        loss, grad, exact_loss, exact_grad = both(x, target, label_smoothing=0.1)
+        torch.testing.assert_close(loss, exact_loss, rtol=1e-6, atol=0)
+        torch.testing.assert_close(grad, exact_grad, rtol=1e-5, atol=1e-9)
+    loss, *_ = both(torch.randn(40)[::4], torch.tensor(3))
+    assert loss.shape == ()
+    strided = torch.randint(7, (60,))[::10]
+    assert cross_entropy(torch.randn(6, 7), strided).isfinite()
+
+
+def test_kernel_checks_its_arguments(kernel):
+    op = torch.ops.fastnorm.cross_entropy
+    x, ids = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    rest = (None, None, 0.1, -100, 1, False, True)
+    with pytest.raises(RuntimeError, match="contiguous rows"):
+        op(x.T, ids, *rest)
+    with pytest.raises(RuntimeError, match="3 contiguous int64 class ids"):
+        op(x, ids.int(), *rest)
+    with pytest.raises(RuntimeError, match="each of 4 classes"):
+        op(x, ids, torch.ones(3), *rest[1:])
+    with pytest.raises(IndexError, match="Target 4 is out of bounds: expected 0 to 3"):
+        op(x, ids + 2, *rest)
+
+
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+def test_kernel_opcheck(kernel, reduction):
+    x, ids = torch.randn(3, 4).bfloat16(), torch.tensor([0, 1, 2])
+    cross_entropy(x, ids)
+    _ops.register_fakes()
+    for need_grad in (False, True):
+        torch.library.opcheck(
+            torch.ops.fastnorm.cross_entropy.default,
+            (x, ids, torch.rand(4), None, 0.1, -100, reduction, False, need_grad),
+        )
+
+
+@pytest.mark.parametrize("backend", ["kernel", "auto"])
+def test_compiles_to_one_graph(backend):
+    torch.manual_seed(0)
+    x, target = torch.randn(6, 5), torch.randint(5, (6,))
+
+    def fn(x):
+        return cross_entropy(2 * x, target, label_smoothing=0.1)
+
+    with fastnorm.use_backend(backend):
+        torch._dynamo.reset()
+        results = []
+        for run in (fn, torch.compile(fn, fullgraph=True, backend="aot_eager")):
+            y = x.clone().requires_grad_()
+            loss = run(y)
+            results.append((loss.detach(), torch.autograd.grad(loss, y)[0]))
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
