@@ -6,6 +6,7 @@ from benchmarks import (
     bench_group_norm,
     bench_instance_norm,
     bench_layer_norm,
+    bench_losses,
     bench_memory,
     bench_overhead,
     bench_rms_norm,
@@ -20,6 +21,7 @@ MODULES = [
     bench_instance_norm,
     bench_dropout,
     bench_overhead,
+    bench_losses,
     bench_memory,
 ]
 

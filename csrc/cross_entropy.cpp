@@ -41,10 +41,11 @@ double total_mass(const CrossEntropy<A>& p, bool torch_mean) {
     smooth += u * (p.weight == nullptr ? 1.0 : p.weight[k]);
   }
   const double share = torch_mean ? 0.0 : p.smoothing;
+  const double spread = priors > 0 ? share * smooth / priors : 0.0;
   for (int64_t i = 0; i < p.rows; ++i) {
     if (p.target[i] == p.ignore_index) continue;
     const double hard = p.weight == nullptr ? 1.0 : p.weight[p.target[i]];
-    total += p.weight == nullptr ? 1.0 : (1 - share) * hard + share * smooth / priors;
+    total += p.weight == nullptr ? 1.0 : (1 - share) * hard + spread;
   }
   return total;
 }
@@ -56,8 +57,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_op(
   TORCH_CHECK(input.dim() == 2 && input.is_contiguous(),
               "fastnorm: input must be contiguous rows of logits, got ", input.sizes());
   const int64_t rows = input.size(0), classes = input.size(1);
-  TORCH_CHECK(target.scalar_type() == at::kLong && target.is_contiguous() &&
-                  target.dim() == 1 && target.size(0) == rows,
+  TORCH_CHECK(target.scalar_type() == at::kLong && target.is_contiguous() && target.dim() == 1 &&
+                  target.size(0) == rows,
               "fastnorm: target must be ", rows, " contiguous int64 class ids, got ",
               target.scalar_type(), " ", target.sizes());
   for (const auto& t : {weight, prior}) {
@@ -92,10 +93,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_op(
                       need_grad ? grad.mutable_data_ptr<T>() : nullptr};
     double total = 1;
     if (reduction == 1) {
-      total = total_mass(CrossEntropy<A>{rows, classes, nullptr, ids, p.weight, p.prior,
-                                         label_smoothing, ignore_index, A(1), nullptr, nullptr,
-                                         nullptr},
-                         torch_mean);
+      total = total_mass(
+          CrossEntropy<A>{rows, classes, nullptr, ids, p.weight, p.prior, label_smoothing,
+                          ignore_index, A(1), nullptr, nullptr, nullptr},
+          torch_mean);
       if (total == 0 && !torch_mean) total = 1;
       p.scale = static_cast<A>(1 / total);
     }

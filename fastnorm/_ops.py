@@ -264,7 +264,7 @@ def register_fakes() -> bool:
     if _build.load() is None:
         return False
     if not _fakes_registered:
-        for name, fake in _FAKES.items():
+        for name, fake in FAKES.items():
             torch.library.register_fake(f"fastnorm::{name}", fake)
         _fakes_registered = True
     return True
@@ -316,7 +316,7 @@ def _fake_add_norm_bwd(grad, grad_sum, total, weight, mean, var, seed, view, *re
     return _fake_gradients(total, weight, None, view, rest[-1])
 
 
-_FAKES = {
+FAKES = {
     "norm_fwd": _fake_norm_fwd,
     "norm_bwd": _fake_norm_bwd,
     "add_norm_fwd": _fake_add_norm_fwd,

@@ -121,7 +121,8 @@ def _rewind_tensor(tensor: Tensor) -> Undo:
     grad = tensor.grad if tensor.is_leaf else None
     requires_grad = tensor.requires_grad
     whole = data = tensor.detach()
-    if data.layout is torch.strided:
+    plain = data.layout is torch.strided and type(data) is Tensor
+    if plain:
         # An expanded dimension is one element in memory and can't be written as several.
         once = [slice(0, 1) if stride == 0 else slice(None) for stride in data.stride()]
         data = data[tuple(once)]
@@ -129,7 +130,7 @@ def _rewind_tensor(tensor: Tensor) -> Undo:
 
     @torch.no_grad()
     def undo() -> None:
-        if whole.layout is torch.strided and tensor.data_ptr() != whole.data_ptr():
+        if plain and tensor.data_ptr() != whole.data_ptr():
             tensor.data = whole
         data.copy_(saved)
         if tensor.is_leaf:

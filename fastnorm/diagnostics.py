@@ -324,10 +324,13 @@ def _trace(model: nn.Module) -> GraphModule | None:
                 super().is_leaf_module(module, name) or not list(module.children())
             )
 
+    undo = rewind(model)
     try:
         return fx.GraphModule(model, Layers().trace(model))
     except Exception:  # whatever the model's own code raises when it meets a proxy
         return None
+    finally:
+        undo()  # forward may have kept a proxy
 
 
 class _Flow:

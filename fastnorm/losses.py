@@ -266,7 +266,8 @@ def cross_entropy_reference(
             else prior.to(dtype).view(along)
         )
         u = u * (logits != -torch.inf)
-        u = u / u.sum(dim, keepdim=True)
+        # Where every allowed class has a prior of 0, nothing is left to smooth with.
+        u = u / u.sum(dim, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
         smooth_mass, smooth_loss = part(u if w is None else u * w.view(along), log_p)
         if label_smoothing < 1:
             mass = (1 - label_smoothing) * mass + label_smoothing * smooth_mass

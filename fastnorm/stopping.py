@@ -201,6 +201,7 @@ class EarlyStopping:
                 raise ValueError(f"model is needed because keep_best={str(self.keep_best)!r}")
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         value = _number("value", value)
+        at = None if at is None else _count("at", at, 0)
         if self.stopped:
             return True
         value = self._agree(value)
@@ -281,6 +282,8 @@ class EarlyStopping:
     def _kept(self) -> dict[str, Any] | None:
         if self.best is None or not isinstance(self.keep_best, Path):
             return self._best_model
+        if not self.keep_best.exists():
+            raise RuntimeError(f"{self.keep_best}, which held the best weights, is gone")
         saved = torch.load(self.keep_best, map_location="cpu", weights_only=True)
         found = (saved.get("run"), saved.get("step"), saved.get("value"))
         if found != (self._run, self.best_step, self.best):

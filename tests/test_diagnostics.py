@@ -301,6 +301,13 @@ def test_untraceable_models_and_other_inputs():
         def forward(self, a, b):
             return {"out": self.layer(a + b)}
 
+    class Keeps(nn.Module):
+        def forward(self, x):
+            self.last = x
+            return x
+
+    keeps = Keeps()
+    assert check_model(keeps) == [] and not hasattr(keeps, "last")
     x = torch.randn(4, 2)
     assert check_model(Two(), (x, x)) == check_model(Two(), {"a": x, "b": x}) == []
 

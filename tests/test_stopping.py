@@ -195,6 +195,9 @@ def test_E2_another_runs_file_is_never_restored(tmp_path):
         mine.restore_best_(model)
     assert all(map(torch.equal, bits(model.state_dict().values()), before))
     assert [p.name for p in tmp_path.iterdir()] == ["best.pt"]
+    path.unlink()
+    with pytest.raises(RuntimeError, match="is gone"):
+        mine.restore_best_(model)
 
 
 def test_E2_a_failing_write_changes_nothing(tmp_path):
@@ -208,11 +211,12 @@ def test_E2_a_failing_write_changes_nothing(tmp_path):
 def test_E3_best_is_kept_on_improvement_whatever_the_rhythm():
     model = nn.Linear(1, 1, bias=False)
     stopper = EarlyStopping(patience=9, keep_best="cpu")
-    for step, value in [(10, 3.0), (15, 2.0), (40, 2.5)]:
+    for step, value in [(10, 3.0), (np.int64(15), 2.0), (40, 2.5)]:
         nn.init.constant_(model.weight, step)
         stopper.step(value, model=model, at=step)
     stopper.restore_best_(model)
-    assert stopper.best_step == 15 and model.weight.item() == 15
+    assert stopper.best_step == 15 and type(stopper.best_step) is int
+    assert model.weight.item() == 15
     assert stopper.num_steps == 3 and stopper.num_bad == 1
 
 

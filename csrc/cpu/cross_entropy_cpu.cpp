@@ -15,6 +15,8 @@
 //
 // A logit of -inf shows as a sum of logits that is not finite; only then are the sums over A taken
 // again, one element at a time.
+#include "cpu/cross_entropy_cpu.h"
+
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -24,7 +26,6 @@
 #include <vector>
 
 #include "cpu/chunk.h"
-#include "cpu/cross_entropy_cpu.h"
 
 namespace fastnorm::cpu {
 namespace {
@@ -74,7 +75,8 @@ class Rows {
     const bool smooth = p_.smoothing > 0;
     const bool masked = smooth && !std::isfinite(sums_.logits);
     if (masked) sums_ = allowed_sums(x);
-    const double share = smooth ? p_.smoothing / sums_.prior : 0.0;
+    // Where every allowed class has a prior of 0, nothing is left to smooth with.
+    const double share = smooth && sums_.prior > 0 ? p_.smoothing / sums_.prior : 0.0;
     const double hard = (1 - p_.smoothing) * weight(y);
     const double mass = hard + share * sums_.weighted;
     double loss = mass * std::log(sum_) - share * sums_.logits;
@@ -129,18 +131,17 @@ class Rows {
 
   // sums_.logits += sum u w x over a chunk; the difference to the base keeps the digits.
   void add_logits(const A* chunk, int64_t first, int64_t n, A base) {
-    WideSum<A> logits, weights;
     if (p_.weight == nullptr && p_.prior == nullptr) {
-      for_each_wide<A>(n, [&](auto tag, int64_t i) { logits.add(load(tag, chunk + i) - base); });
-      sums_.logits += logits.total() + static_cast<double>(base) * n;
+      sums_.logits += static_cast<double>(base) * n + wide_sum<A>(n, [&](auto tag, int64_t i) {
+                        return load(tag, chunk + i) - base;
+                      });
       return;
     }
-    for_each_wide<A>(n, [&](auto tag, int64_t i) {
-      const auto c = coefficient(tag, first + i);
-      weights.add(c);
-      logits.add_product(c, load(tag, chunk + i) - base);
-    });
-    sums_.logits += logits.total() + static_cast<double>(base) * weights.total();
+    const A weights =
+        wide_sum<A>(n, [&](auto tag, int64_t i) { return coefficient(tag, first + i); });
+    sums_.logits += static_cast<double>(base) * weights + wide_sum<A>(n, [&](auto tag, int64_t i) {
+                      return coefficient(tag, first + i) * (load(tag, chunk + i) - base);
+                    });
   }
 
   // u_k w_k

@@ -11,8 +11,8 @@ namespace fastnorm::cpu {
 template <typename T>
 struct CrossEntropy {
   int64_t rows, classes;
-  const T* x;             // [rows][classes]
-  const int64_t* target;  // [rows], checked; ignore_index leaves a row out
+  const T* x;              // [rows][classes]
+  const int64_t* target;   // [rows], checked; ignore_index leaves a row out
   const acc_t<T>* weight;  // [classes]
   const acc_t<T>* prior;   // [classes]
   double smoothing;
