@@ -302,40 +302,38 @@ class CrossEntropyFunction(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def]
         ctx: Any, input, target, weight, prior, smoothing, ignore_index, reduction, torch_mean, need
     ):
-        loss, grad, scale = torch.ops.fastnorm.cross_entropy(
-            input,
-            target,
-            weight,
-            prior,
-            smoothing,
-            ignore_index,
-            ("none", "mean", "sum").index(reduction),
-            torch_mean,
-            need,
-        )
-        ctx.options = smoothing, ignore_index, reduction, torch_mean
-        ctx.save_for_backward(input, target, weight, prior, grad, scale)
+        code = ("none", "mean", "sum").index(reduction)
+        ctx.call = weight, prior, smoothing, ignore_index, code, torch_mean
+        loss, grad, scale = torch.ops.fastnorm.cross_entropy(input, target, *ctx.call, need)
+        # Held apart from the saved tensors, the gradient can be scaled in place and handed on.
+        traced = torch.compiler.is_compiling()
+        ctx.grad = None if traced else grad
+        ctx.save_for_backward(input, target, scale, grad if traced else None)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor):  # type: ignore[no-untyped-def]
-        input, target, weight, prior, grad, scale = ctx.saved_tensors
-        smoothing, ignore_index, reduction, torch_mean = ctx.options
+        input, target, scale, saved = ctx.saved_tensors
+        weight, prior, smoothing, ignore_index, code, torch_mean = ctx.call
         rest = (None,) * 8
         if torch.is_grad_enabled():
-            with torch.enable_grad():
-                keep = target != ignore_index
-                loss = cross_entropy_reference(
-                    input, target, weight, smoothing, prior, keep, reduction, torch_mean
-                )
-                return *torch.autograd.grad(loss, input, grad_output, create_graph=True), *rest
+            keep = target != ignore_index
+            reduction = ("none", "mean", "sum")[code]
+            loss = cross_entropy_reference(
+                input, target, weight, smoothing, prior, keep, reduction, torch_mean
+            )
+            return *torch.autograd.grad(loss, input, grad_output, create_graph=True), *rest
         factor = grad_output * scale
-        if reduction == "none":
-            return grad * factor.unsqueeze(1).to(grad.dtype), *rest
-        # The usual upstream gradient of a loss is 1, which saves a pass; looking is free on a CPU.
-        if grad.is_cpu and not torch.compiler.is_compiling() and factor.item() == 1:
-            return grad, *rest
-        return grad * factor, *rest
+        factor = factor.unsqueeze(1) if code == 0 else factor
+        if saved is not None:
+            return (saved * factor).to(saved.dtype), *rest
+        grad, ctx.grad = ctx.grad, None
+        if grad is None:  # a second pass over a retained graph
+            grad = torch.ops.fastnorm.cross_entropy(input, target, *ctx.call, True)[1]
+        # The usual gradient of a loss is 1, which saves a pass; looking is free on a CPU.
+        if code == 0 or not grad.is_cpu or factor.item() != 1:
+            grad.mul_(factor)
+        return grad, *rest
 
 
 def _fake_cross_entropy(input, target, weight, prior, smoothing, ignore_index, reduction, *rest):  # type: ignore[no-untyped-def]
