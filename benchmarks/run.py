@@ -2,6 +2,7 @@
 
 from benchmarks import (
     bench_batch_norm,
+    bench_diagnostics,
     bench_dropout,
     bench_group_norm,
     bench_instance_norm,
@@ -19,6 +20,7 @@ MODULES = [
     bench_batch_norm,
     bench_group_norm,
     bench_instance_norm,
+    bench_diagnostics,
     bench_dropout,
     bench_overhead,
     bench_losses,

@@ -60,7 +60,7 @@ def make_model(regularized: bool) -> nn.Sequential:
             return [conv, fastnorm.BatchNorm2d(outputs, activation="relu")]
         return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()]
 
-    dropout = [fastnorm.Dropout(0.5)] if regularized else []
+    dropout = [nn.Dropout(0.5)] if regularized else []
     return nn.Sequential(
         *block(1, 32), *block(32, 32), nn.MaxPool2d(2), *block(32, 64), nn.MaxPool2d(2),
         nn.Flatten(), *dropout, nn.Linear(256, 10),
@@ -159,7 +159,9 @@ def draw(runs: dict[str, Run], output: Path) -> None:
         epochs = range(1, len(run.val_loss) + 1)
         axis.semilogy(epochs, run.train_loss, label="training")
         axis.semilogy(epochs, run.val_loss, label="validation")
-        axis.axvline(run.stopper.best_step, linestyle="--", color="grey", label="best weights")
+        axis.axvline(
+            run.stopper.best_step, linestyle="--", color="grey", label="lowest validation loss"
+        )
         axis.set_title(name)
         axis.set_xlabel("epoch")
     axes[0].set_ylabel("cross-entropy")

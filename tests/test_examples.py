@@ -34,6 +34,15 @@ def initialization(accuracies: dict[str, float]) -> None:
     assert min(accuracies["init_ for selu"], accuracies["init_ for tanh"]) > 0.5
 
 
+def digits_cnn(accuracies: dict[str, float]) -> None:
+    assert accuracies["regularized"] > max(accuracies["plain"], 0.9)
+
+
+def sequence_rnn(accuracies: dict[str, float]) -> None:
+    assert min(accuracies.values()) > 0.7
+    assert accuracies["inside the cell"] > accuracies["nowhere"]
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     # The models are small: threads would wait for each other, the more so on a busy machine.
@@ -48,6 +57,8 @@ CASES: list[tuple[str, Callable[[Any], None]]] = [
     ("digits", digits),
     ("sparse_regression", sparse_regression),
     ("initialization", initialization),
+    ("digits_cnn", digits_cnn),
+    ("sequence_rnn", sequence_rnn),
 ]
 
 
