@@ -217,7 +217,7 @@ class Untraceable(nn.Module):
         return self.body(x) if x.sum() > -1e9 else x
 
 
-def test_findings_of_a_model_that_does_everything_wrong():
+def test_C3_C6_findings_of_a_model_that_does_everything_wrong():
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.7), nn.Linear(8, 2),
