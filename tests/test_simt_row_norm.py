@@ -6,6 +6,8 @@ import ctypes
 import dataclasses
 import functools
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -530,3 +532,31 @@ def test_backward_bytes_moved(lib: driver.Library, size: int, dtype: torch.dtype
         assert buffers["workspace"] == {"loaded": 0, "stored": 8 * groups * size}
         assert partial["buffers"]["workspace"] == {"loaded": 8 * groups * size, "stored": 0}
         assert kernel["load"]["bytes"] - kernel["hints"]["ld.g"] == (len(names) - 1) * element_bytes
+
+
+def test_sanitizers_find_nothing() -> None:
+    """One type, every kernel form, odd sizes, in a process with AddressSanitizer."""
+    arguments = ("row_norm", "sanitize", ("SIMT_DTYPES=8",))
+    driver.build(*arguments)
+    code = f"""
+import test_simt_row_norm as t
+from simt import driver, norms
+import torch
+lib = driver.library(*{arguments!r})
+for size, shared in ((3, 0), (65, 0), (264, 0), (1032, 0), (1031, 0), (17000, 0), (7000, 6000)):
+    norm = norms.Norm(norms.row_view(2, size), prologue=True, dropout_p=0.1,
+                      max_shared=shared or 227 * 1024, clusters=shared == 0)
+    t.check_forward(lib, norm, torch.bfloat16)
+    t.check_backward(lib, norm, torch.bfloat16)
+norm = norms.Norm((2, 1, 3, 35, 5, 1), activation="gelu")
+t.check_forward(lib, norm, torch.bfloat16, residual=True)
+t.check_backward(lib, norm, torch.bfloat16, residual=True)
+print("nothing found")
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=driver.sanitizer_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert "nothing found" in result.stdout, result.stderr[-4000:]

@@ -142,8 +142,10 @@ FASTNORM_DEVICE void load_affine(const Parameter& weight, const Parameter& bias,
   }
 }
 
+// The 1 keeps ptxas from spilling a register or two for a second block that it thinks might fit.
 template <typename T, int width, int items, int threads>
-__global__ __launch_bounds__(threads) void row_norm_fwd_kernel(NormForward<T> p, RowShape shape) {
+__global__ __launch_bounds__(threads, 1) void row_norm_fwd_kernel(NormForward<T> p,
+                                                                  RowShape shape) {
   using A = Accumulate<T>;
   const int64_t size = p.config.view.reduce_inner;
   A* scratch = reinterpret_cast<A*>(dynamic_shared());
@@ -248,8 +250,8 @@ __global__ __launch_bounds__(threads) void row_norm_fwd_kernel(NormForward<T> p,
 
 // The same with the block's part of the row in shared memory, where each thread keeps its packs.
 template <typename T, int width>
-__global__ __launch_bounds__(kRowThreads) void row_norm_fwd_staged_kernel(NormForward<T> p,
-                                                                          RowShape shape) {
+__global__ __launch_bounds__(kRowThreads, 1) void row_norm_fwd_staged_kernel(NormForward<T> p,
+                                                                             RowShape shape) {
   using A = Accumulate<T>;
   const int64_t size = p.config.view.reduce_inner;
   A* scratch = reinterpret_cast<A*>(dynamic_shared());
@@ -322,8 +324,8 @@ __global__ __launch_bounds__(kRowThreads) void row_norm_fwd_staged_kernel(NormFo
 
 // Rows of any length; the row's blocks walk over it in chunks of kRowItems packs per thread.
 template <typename T, int width>
-__global__ __launch_bounds__(kRowThreads) void row_norm_fwd_streaming_kernel(NormForward<T> p,
-                                                                             RowShape shape) {
+__global__ __launch_bounds__(kRowThreads, 1) void row_norm_fwd_streaming_kernel(NormForward<T> p,
+                                                                                RowShape shape) {
   using A = Accumulate<T>;
   constexpr int items = kRowItems;
   const int64_t size = p.config.view.reduce_inner, packs = size / width;

@@ -199,8 +199,8 @@ class Library:
 
 
 @functools.cache
-def library(name: str, variant: str = "plain") -> Library:
-    return Library(build(name, variant))
+def library(name: str, variant: str = "plain", defines: tuple[str, ...] = ()) -> Library:
+    return Library(build(name, variant, defines))
 
 
 def sanitizer_environment() -> dict[str, str]:

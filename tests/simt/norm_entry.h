@@ -89,18 +89,25 @@ struct EmulatedLaunch {
   }
 };
 
+// Bit d: whether dtype d is compiled, for builds that need not have all.
+#ifndef SIMT_DTYPES
+#define SIMT_DTYPES 15
+#endif
+
 // Calls f(T{}) for dtype 0 float, 1 double, 2 half, 3 bfloat16.
 template <typename F>
 void visit_entry_dtype(int dtype, F&& f) {
-  switch (dtype) {
-    case 0:
-      return f(float{});
-    case 1:
-      return f(double{});
-    case 2:
-      return f(__half{});
-    case 3:
-      return f(__nv_bfloat16{});
+  if constexpr ((SIMT_DTYPES & 1) != 0) {
+    if (dtype == 0) return f(float{});
+  }
+  if constexpr ((SIMT_DTYPES & 2) != 0) {
+    if (dtype == 1) return f(double{});
+  }
+  if constexpr ((SIMT_DTYPES & 4) != 0) {
+    if (dtype == 2) return f(__half{});
+  }
+  if constexpr ((SIMT_DTYPES & 8) != 0) {
+    if (dtype == 3) return f(__nv_bfloat16{});
   }
 }
 
