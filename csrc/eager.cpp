@@ -9,6 +9,7 @@
 
 #include "autograd.h"
 #include "cpu/norm_cpu.h"
+#include "dropout.h"
 
 namespace fastnorm {
 
@@ -205,4 +206,5 @@ void register_norms(py::module_& m) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   fastnorm::register_norms(m);
   fastnorm::register_channel_norms(m);
+  fastnorm::register_dropout(m);
 }

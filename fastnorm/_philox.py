@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastnorm import _build
+
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -54,6 +56,15 @@ def keep_mask(numel: int, seed: Tensor, p: float) -> Tensor:
 
 
 def draw_seed(input: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One random int64 on the input's device, from `generator` or the device's default one."""
-    seed = torch.empty(1, dtype=torch.int64, device=input.device)
-    return seed.random_(generator=generator)
+    """One random int64 on the input's device, from `generator` or the device's default one.
+
+    A compiled graph draws with the operator, because the compiler replaces torch's own random
+    functions by others, with other numbers.
+    """
+    if (
+        torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+        and (_build.module is not None or _build.load() is not None)
+    ):
+        return torch.ops.fastnorm.draw_seed(input, generator)
+    return torch.randint(2**63 - 1, (1,), device=input.device, generator=generator)

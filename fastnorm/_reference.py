@@ -66,8 +66,13 @@ def drop(x: Tensor, keep: Tensor | None, scale: float) -> Tensor:
 
 def memory_order(x: Tensor) -> list[int]:
     """The dimensions of a dense tensor from the outermost in memory to the innermost."""
-    strides = x.stride()
-    return sorted(range(x.dim()), key=lambda d: (-strides[d], d))
+    order: list[int] = []
+    for d in range(x.dim()):  # by hand, because a compiler cannot sort by symbolic strides
+        at = d
+        while at > 0 and x.stride(order[at - 1]) < x.stride(d):
+            at -= 1
+        order.insert(at, d)
+    return order
 
 
 def flatten(x: Tensor) -> Tensor:
