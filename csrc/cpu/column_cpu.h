@@ -158,6 +158,18 @@ inline void start_backward(const NormConfig& c, const Stretches& at, const T* dy
   at.for_each([&](int64_t i, int64_t j) { store_chunk(grad + j, dresidual + i, at.length); });
 }
 
+// A ReLU without dropout is worked out within the loops of the norm, not chunk by chunk.
+template <typename P>
+inline bool is_fused_relu(const P& p) {
+  return p.config.activation == Activation::Relu && p.config.dropout.seed == nullptr;
+}
+
+// The gradient that a ReLU lets through.
+template <typename V>
+inline V relu_gradient(V pre, V grad) {
+  return Math<V>::where_nonpositive(pre, V(0), grad);
+}
+
 // Whether the gradient of the norm differs from that of the output, or has to be written.
 template <typename T>
 inline bool has_backward_epilogue(const NormBackward<T>& p) {
@@ -233,40 +245,42 @@ inline void finish_moments(const A* shift, const A* sum, const A* square, int64_
   }
 }
 
-// sum_g += g, sum_gd += g (x - mean) over R rows; g is the gradient as stored or in scratch.
-template <int R, typename T, typename G, typename A>
-inline void add_gradients(const T* x, int64_t stride, const G* g, int64_t g_stride, int64_t n,
-                          const A* mean, A* sum_g, A* sum_gd) {
+// sum_g += g, sum_gd += g d over R rows, d = x - mean; g = grad(tag, d, r, j).
+template <int R, typename T, typename A, typename F>
+inline void add_gradients(const T* x, int64_t stride, int64_t n, const A* mean, A* sum_g, A* sum_gd,
+                          F&& grad) {
   for_each_wide<A>(n, [&](auto tag, int64_t j) {
-    if constexpr (R > 1) {
-      prefetch_rows<R>(x + j, stride);
-      prefetch_rows<R>(g + j, g_stride);
-    }
+    if constexpr (R > 1) prefetch_rows<R>(x + j, stride);
     const auto m = load(tag, mean + j);
-    auto v = load(tag, g + j);
-    auto s = v, q = v * (load(tag, x + j) - m);
+    auto d = load(tag, x + j) - m;
+    auto g = grad(tag, d, 0, j);
+    auto s = g, q = g * d;
 #pragma GCC unroll 8
     for (int r = 1; r < R; ++r) {
-      v = load(tag, g + r * g_stride + j);
-      s = s + v;
-      q = fmadd(v, load(tag, x + r * stride + j) - m, q);
+      d = load(tag, x + r * stride + j) - m;
+      g = grad(tag, d, r, j);
+      s = s + g;
+      q = fmadd(g, d, q);
     }
     store(tag, sum_g + j, load(tag, sum_g + j) + s);
     store(tag, sum_gd + j, load(tag, sum_gd + j) + q);
   });
 }
 
-// The same over any number of rows.
-template <typename T, typename G, typename A>
-inline void add_gradient_rows(const T* x, int64_t stride, const G* g, int64_t g_stride,
-                              int64_t rows, int64_t n, const A* mean, A* sum_g, A* sum_gd) {
+// The same over any number of rows; grad takes rows from 0 on.
+template <typename T, typename A, typename F>
+inline void add_gradient_rows(const T* x, int64_t stride, int64_t rows, int64_t n, const A* mean,
+                              A* sum_g, A* sum_gd, F&& grad) {
   int64_t r = 0;
   for (; r + kRowGroup <= rows; r += kRowGroup) {
-    add_gradients<kRowGroup>(x + r * stride, stride, g + r * g_stride, g_stride, n, mean, sum_g,
-                             sum_gd);
+    add_gradients<kRowGroup>(
+        x + r * stride, stride, n, mean, sum_g, sum_gd,
+        [&](auto tag, auto d, int64_t i, int64_t j) { return grad(tag, d, r + i, j); });
   }
   for (; r < rows; ++r) {
-    add_gradients<1>(x + r * stride, stride, g + r * g_stride, g_stride, n, mean, sum_g, sum_gd);
+    add_gradients<1>(
+        x + r * stride, stride, n, mean, sum_g, sum_gd,
+        [&](auto tag, auto d, int64_t i, int64_t j) { return grad(tag, d, r + i, j); });
   }
 }
 

@@ -148,8 +148,8 @@ class Forward {
   }
 
   void map(const Chunk& chunk, int64_t first, int64_t n, Columns<A> columns) {
-    const bool epilogue = has_epilogue(p_.config, p_.residual);
-    alignas(64) A values[kChunk + Wide<A>::kSize];
+    const bool epilogue = has_epilogue(p_.config, p_.residual), relu = is_fused_relu(p_);
+    alignas(64) A values[kChunk];
     for (int64_t r = 0; r < chunk.rows(); ++r) {
       const int64_t end = first + chunk.columns(r, first, n);
       for (int64_t j0 = first; j0 < end; j0 += kChunk) {
@@ -157,17 +157,24 @@ class Forward {
         const int64_t index = chunk.offset + r * t_.width + j0;
         const T* x = p_.x + index;
         const A *mean = columns.mean + j0, *scale = columns.scale + j0, *bias = columns.bias + j0;
-        const auto normalize = [&](auto* out) {
+        const auto normalize = [&](auto* out, auto&& finish) {
           for_each_wide<A>(size, [&](auto tag, int64_t j) {
+            const auto d = load(tag, x + j) - load(tag, mean + j);
             store(tag, out + j,
-                  fmadd(load(tag, x + j) - load(tag, mean + j), load(tag, scale + j),
-                        load(tag, bias + j)));
+                  finish(tag, j, fmadd(d, load(tag, scale + j), load(tag, bias + j))));
           });
         };
         if (!epilogue) {
-          normalize(p_.y + index);
+          normalize(p_.y + index, [](auto, int64_t, auto v) { return v; });
+        } else if (relu && p_.residual == nullptr) {
+          normalize(p_.y + index, [](auto, int64_t, auto v) { return Relu::forward(v); });
+        } else if (relu) {
+          const T* residual = p_.residual + index;
+          normalize(p_.y + index, [=](auto tag, int64_t j, auto v) {
+            return Relu::forward(v + load(tag, residual + j));
+          });
         } else {
-          normalize(values);
+          normalize(values, [](auto, int64_t, auto v) { return v; });
           finish_forward(p_.config, {index, size}, values, p_.residual, p_.y);
         }
       }
@@ -185,7 +192,11 @@ class Backward {
 
  public:
   explicit Backward(const NormBackward<T>& p)
-      : p_(p), v_(p.config.view), t_(v_), epilogue_(has_backward_epilogue(p)) {
+      : p_(p),
+        v_(p.config.view),
+        t_(v_),
+        epilogue_(has_backward_epilogue(p)),
+        relu_(is_fused_relu(p) && (p.dresidual == nullptr || p.residual != nullptr)) {
     parameters_ = p.dweight != nullptr || p.dbias != nullptr;
     sums_ = parameters_ || (p.dx != nullptr && !p.config.frozen);
   }
@@ -255,12 +266,11 @@ class Backward {
   void visit(int64_t o, int64_t first, int64_t n, int64_t block) {
     Columns<A> columns(thread_scratch<A, Slot::Columns>(Columns<A>::size(t_.width)), t_.width);
     expand(o, first, n, columns);
-    // An activation's derivative and a mask are worked out once if their result stays in L2.
+    // An activation's derivative and a mask are worked out once; a ReLU's costs less than to keep.
     A* cache = nullptr;
-    const int64_t cached = v_.reduce_outer * (t_.fold > 1 ? t_.row : n);
-    if (epilogue_ && sums_ && cached <= kResident) {
-      cache =
-          thread_scratch<A, Slot::Gradient>(round_up(cached, t_.width) + t_.width + Wide<A>::kSize);
+    if (epilogue_ && sums_ && !relu_ && p_.dresidual == nullptr) {
+      const int64_t cached = v_.reduce_outer * (t_.fold > 1 ? t_.row : n);
+      cache = thread_scratch<A, Slot::Gradient>(round_up(cached, t_.width));
     }
     if (sums_) {
       double* partial = thread_scratch<double, Slot::Partial>(partial_size());
@@ -299,6 +309,34 @@ class Backward {
     start_backward(p_.config, {index, n}, p_.dy, p_.residual, pre, grad, dresidual);
   }
 
+  // Calls f(grad) with the gradient behind a ReLU as a function grad(tag, d, offset from `index`,
+  // column from `first`), which also writes it to dresidual.
+  template <typename F>
+  void with_relu_gradient(int64_t index, int64_t first, const Columns<A>& columns, T* dresidual,
+                          F&& f) {
+    const A *scale = columns.scale + first, *bias = columns.bias + first;
+    const T* dy = p_.dy + index;
+    const auto norm = [=](auto tag, auto d, int64_t j) {
+      return fmadd(d, load(tag, scale + j), load(tag, bias + j));
+    };
+    if (p_.residual == nullptr) {
+      return f([=](auto tag, auto d, int64_t i, int64_t j) {
+        return relu_gradient(norm(tag, d, j), load(tag, dy + i));
+      });
+    }
+    const T* residual = p_.residual + index;
+    const auto grad = [=](auto tag, auto d, int64_t i, int64_t j) {
+      return relu_gradient(norm(tag, d, j) + load(tag, residual + i), load(tag, dy + i));
+    };
+    if (dresidual == nullptr) return f(grad);
+    T* out = dresidual + index;
+    f([=](auto tag, auto d, int64_t i, int64_t j) {
+      const auto g = grad(tag, d, i, j);
+      store(tag, out + i, g);
+      return g;
+    });
+  }
+
   // sum(g) and sum(g d) of the chunk, per column of a row, to `partial`. A cache keeps g, its
   // rows n apart.
   void chunk_sums(int64_t o, int64_t index, int64_t first, int64_t n, const Columns<A>& columns,
@@ -308,9 +346,10 @@ class Backward {
     A* sum_gd = sum_g + n;
     std::fill_n(sum_g, 2 * n, A(0));
     const int64_t rows = chunk.rows();
-    const int64_t tile = epilogue_ ? kGradientTile : kTile;
-    alignas(64) A pre[kGradientTile + Wide<A>::kSize];
-    alignas(64) A grads[kRowGroup * (kGradientTile + Wide<A>::kSize)];
+    const bool chunked = epilogue_ && !relu_;
+    const int64_t tile = chunked ? kGradientTile : kTile;
+    alignas(64) A pre[kGradientTile];
+    alignas(64) A grads[kRowGroup * kGradientTile];
     for (int64_t r = 0; r < rows; r += kRowGroup) {
       const int64_t group_end = std::min<int64_t>(r + kRowGroup, rows);
       for (int64_t j = 0; j < n; j += tile) {
@@ -320,19 +359,33 @@ class Backward {
           const int64_t r1 = r0 < chunk.full ? std::min(group_end, chunk.full) : group_end;
           if (size > 0) {
             const int64_t at = chunk.offset + r0 * t_.width + first + j;
-            const A* mean = columns.mean + first + j;
-            if (!epilogue_) {
-              add_gradient_rows(p_.x + at, t_.width, p_.dy + at, t_.width, r1 - r0, size, mean,
-                                sum_g + j, sum_gd + j);
+            const int64_t width = t_.width;
+            const auto add = [&](auto&& grad) {
+              add_gradient_rows(p_.x + at, width, r1 - r0, size, columns.mean + first + j,
+                                sum_g + j, sum_gd + j, grad);
+            };
+            if (relu_) {
+              with_relu_gradient(at, first + j, columns, p_.dresidual, [&](auto grad) {
+                add([=, dy = p_.dy + at](auto tag, auto d, int64_t row, int64_t column) {
+                  __builtin_prefetch(dy + (row + kRowGroup) * width + column);
+                  return grad(tag, d, row * width + column, column);
+                });
+              });
+            } else if (!chunked) {
+              add([=, dy = p_.dy + at](auto tag, auto, int64_t row, int64_t column) {
+                __builtin_prefetch(dy + (row + kRowGroup) * width + column);
+                return load(tag, dy + row * width + column);
+              });
             } else {
               A* g = cache != nullptr ? cache + r0 * n + j : grads;
-              const int64_t stride = cache != nullptr ? n : kGradientTile + Wide<A>::kSize;
+              const int64_t stride = cache != nullptr ? n : kGradientTile;
               for (int64_t i = r0; i < r1; ++i) {
                 gradient(chunk, i, first + j, size, columns, pre, g + (i - r0) * stride,
                          p_.dresidual);
               }
-              add_gradient_rows(p_.x + at, t_.width, g, stride, r1 - r0, size, mean, sum_g + j,
-                                sum_gd + j);
+              add([=](auto tag, auto, int64_t row, int64_t column) {
+                return load(tag, g + row * stride + column);
+              });
             }
           }
           r0 = r1;
@@ -414,32 +467,39 @@ class Backward {
   void map(const Chunk& chunk, int64_t first, int64_t n, const Columns<A>& columns,
            const A* cache) {
     T* dresidual = sums_ ? nullptr : p_.dresidual;
-    alignas(64) A pre[kChunk + Wide<A>::kSize], grad[kChunk + Wide<A>::kSize];
+    alignas(64) A pre[kChunk], grad[kChunk];
     for (int64_t r = 0; r < chunk.rows(); ++r) {
       const int64_t end = first + chunk.columns(r, first, n);
       for (int64_t j0 = first; j0 < end; j0 += kChunk) {
         const int64_t size = std::min(kChunk, end - j0);
         const int64_t index = chunk.offset + r * t_.width + j0;
-        const auto to_input = [&](const auto* g) {
-          if (p_.dx == nullptr) return;
+        const auto to_input = [&](auto&& gradient_at) {
           const T* x = p_.x + index;
           T* dx = p_.dx + index;
           const A *mean = columns.mean + j0, *scale = columns.scale + j0;
           const A *c = columns.c + j0, *e = columns.e + j0;
           for_each_wide<A>(size, [&](auto tag, int64_t j) {
             const auto d = load(tag, x + j) - load(tag, mean + j);
+            const auto g = gradient_at(tag, d, j, j);
             store(tag, dx + j,
-                  fmadd(load(tag, scale + j), load(tag, g + j),
-                        fmadd(load(tag, c + j), d, load(tag, e + j))));
+                  fmadd(load(tag, scale + j), g, fmadd(load(tag, c + j), d, load(tag, e + j))));
           });
         };
+        const auto from = [&](const auto* g) {
+          if (p_.dx == nullptr) return;
+          to_input([=](auto tag, auto, int64_t i, int64_t) { return load(tag, g + i); });
+        };
         if (!epilogue_) {
-          to_input(p_.dy + index);
+          from(p_.dy + index);
+        } else if (sums_ && p_.dresidual != nullptr) {
+          from(static_cast<const T*>(p_.dresidual + index));  // what the sums' pass has written
         } else if (cache != nullptr) {
-          to_input(cache + r * n + j0 - first);
+          from(cache + r * n + j0 - first);
+        } else if (relu_ && p_.dx != nullptr) {
+          with_relu_gradient(index, j0, columns, dresidual, to_input);
         } else {
           gradient(chunk, r, j0, size, columns, pre, grad, dresidual);
-          to_input(static_cast<const A*>(grad));
+          from(static_cast<const A*>(grad));
         }
       }
     }
@@ -448,7 +508,7 @@ class Backward {
   const NormBackward<T>& p_;
   const View& v_;
   const Tiling t_;
-  const bool epilogue_;
+  const bool epilogue_, relu_;
   bool parameters_, sums_;
   std::unique_ptr<double[]> parameter_sums_;  // [block][db, dw][channels]
 };

@@ -128,18 +128,24 @@ struct ChannelMap {
     if (bias_in != nullptr) bias = bias_in[channel];
   }
 
-  // out = (x - mean) scale + bias
-  template <typename S, typename O>
-  void normalize(const S* x, O* out, int64_t n) const {
+  // out = finish(tag, i, (x - mean) scale + bias)
+  template <typename T, typename O, typename F>
+  void normalize(const T* x, O* out, int64_t n, F&& finish) const {
     for_each_wide<A>(n, [&](auto tag, int64_t i) {
       const auto v = load(tag, x + i);
       using V = std::remove_const_t<decltype(v)>;
-      store(tag, out + i, fmadd(v - V(mean), V(scale), V(bias)));
+      store(tag, out + i, finish(tag, i, norm(V(v - V(mean)))));
     });
   }
   template <typename T>
   void normalize(const T* x, const Stretches& at, A* out) const {
-    at.for_each([&](int64_t i, int64_t j) { normalize(x + i, out + j, at.length); });
+    at.for_each([&](int64_t i, int64_t j) {
+      normalize(x + i, out + j, at.length, [](auto, int64_t, auto v) { return v; });
+    });
+  }
+  template <typename V>
+  V norm(V d) const {
+    return fmadd(d, V(scale), V(bias));
   }
 };
 
@@ -236,15 +242,28 @@ class PlaneForward {
   void map(int64_t channel, int64_t index) const {
     const ChannelMap<A> map(p_.config, channel, channel % v_.kept, p_.mean, p_.var, p_.weight,
                             p_.bias);
-    const bool epilogue = has_epilogue(p_.config, p_.residual);
+    const bool epilogue = has_epilogue(p_.config, p_.residual), relu = is_fused_relu(p_);
+    const bool direct = !epilogue || relu;
     alignas(64) A values[kPiece];
     chunk(channel, index).for_each_piece([&](const Stretches& at, int64_t) {
-      if (!epilogue) {
-        return at.for_each(
-            [&](int64_t i, int64_t) { map.normalize(p_.x + i, p_.y + i, at.length); });
+      if (!direct) {
+        map.normalize(p_.x, at, values);
+        return finish_forward(p_.config, at, values, p_.residual, p_.y);
       }
-      map.normalize(p_.x, at, values);
-      finish_forward(p_.config, at, values, p_.residual, p_.y);
+      at.for_each([&](int64_t offset, int64_t) {
+        const T* x = p_.x + offset;
+        T* y = p_.y + offset;
+        if (!relu) {
+          map.normalize(x, y, at.length, [](auto, int64_t, auto v) { return v; });
+        } else if (p_.residual == nullptr) {
+          map.normalize(x, y, at.length, [](auto, int64_t, auto v) { return Relu::forward(v); });
+        } else {
+          map.normalize(x, y, at.length,
+                        [residual = p_.residual + offset](auto tag, int64_t i, auto v) {
+                          return Relu::forward(v + load(tag, residual + i));
+                        });
+        }
+      });
     });
   }
 
@@ -262,7 +281,11 @@ class PlaneBackward {
 
  public:
   explicit PlaneBackward(const NormBackward<T>& p)
-      : p_(p), v_(p.config.view), t_(v_), epilogue_(has_backward_epilogue(p)) {
+      : p_(p),
+        v_(p.config.view),
+        t_(v_),
+        epilogue_(has_backward_epilogue(p)),
+        relu_(is_fused_relu(p) && (p.dresidual == nullptr || p.residual != nullptr)) {
     parameters_ = p.dweight != nullptr || p.dbias != nullptr;
     sums_ = parameters_ || (p.dx != nullptr && !p.config.frozen);
   }
@@ -275,7 +298,7 @@ class PlaneBackward {
     if (t_.resident) {
       parallel_tasks(channels, bytes, [&](int64_t channel) {
         A* cache = nullptr;
-        if (epilogue_ && sums_ && map_needed) {
+        if (epilogue_ && sums_ && map_needed && !relu_ && p_.dresidual == nullptr) {
           cache = thread_scratch<A, Slot::Gradient>(v_.reduce_outer * t_.length);
         }
         for (int64_t i = 0; sums_ && i < t_.chunks; ++i) {
@@ -347,29 +370,63 @@ class PlaneBackward {
     start_backward(p_.config, at, p_.dy, p_.residual, pre, grad, dresidual);
   }
 
+  // Calls f(grad) with the gradient behind a ReLU as a function grad(tag, d, element from
+  // `offset`), which also writes it to dresidual.
+  template <typename F>
+  void with_relu_gradient(const ChannelMap<A>& map, int64_t offset, T* dresidual, F&& f) const {
+    const T* dy = p_.dy + offset;
+    if (p_.residual == nullptr) {
+      return f([=](auto tag, auto d, int64_t i) {
+        return relu_gradient(map.norm(d), load(tag, dy + i));
+      });
+    }
+    const T* residual = p_.residual + offset;
+    const auto grad = [=](auto tag, auto d, int64_t i) {
+      return relu_gradient(map.norm(d) + load(tag, residual + i), load(tag, dy + i));
+    };
+    if (dresidual == nullptr) return f(grad);
+    T* out = dresidual + offset;
+    f([=](auto tag, auto d, int64_t i) {
+      const auto g = grad(tag, d, i);
+      store(tag, out + i, g);
+      return g;
+    });
+  }
+
   // A cache keeps g in the order of the pieces.
   Sums chunk_sums(int64_t channel, int64_t index, A* cache) const {
     const ChannelMap<A> map = channel_map(channel);
     alignas(64) A pre[kPiece], grad[kPiece];
     PairSum<A> sums;
-    const auto add_sums = [&](const T* x, const auto* g, int64_t n) {
+    const auto add_sums = [&](int64_t offset, int64_t n, auto&& gradient_at) {
+      const T* x = p_.x + offset;
       sums.add(n, [&](auto tag, int64_t i, auto& sum_g, auto& sum_gd) {
-        const auto v = load(tag, g + i);
+        const auto v = load(tag, x + i);
         using V = std::remove_const_t<decltype(v)>;
-        sum_g += v;
-        sum_gd = fmadd(V(v), load(tag, x + i) - V(map.mean), sum_gd);
+        const V d = v - V(map.mean), g = gradient_at(tag, d, i);
+        sum_g += g;
+        sum_gd = fmadd(g, d, sum_gd);
       });
+    };
+    const auto add_from = [&](int64_t offset, int64_t n, const auto* g) {
+      add_sums(offset, n, [=](auto tag, auto, int64_t i) { return load(tag, g + i); });
     };
     const int64_t stride = v_.row_size();
     chunk(channel, index).for_each_piece([&](const Stretches& at, int64_t first) {
       prefetch_next(p_.x, at, stride);
       prefetch_next(p_.dy, at, stride);
-      if (!epilogue_) {
-        return at.for_each([&](int64_t i, int64_t) { add_sums(p_.x + i, p_.dy + i, at.length); });
+      if (relu_) {
+        at.for_each([&](int64_t i, int64_t) {
+          with_relu_gradient(map, i, p_.dresidual,
+                             [&](auto gradient_at) { add_sums(i, at.length, gradient_at); });
+        });
+      } else if (!epilogue_) {
+        at.for_each([&](int64_t i, int64_t) { add_from(i, at.length, p_.dy + i); });
+      } else {
+        A* g = cache != nullptr ? cache + first : grad;
+        gradient(map, at, pre, g, p_.dresidual);
+        at.for_each([&](int64_t i, int64_t j) { add_from(i, at.length, g + j); });
       }
-      A* g = cache != nullptr ? cache + first : grad;
-      gradient(map, at, pre, g, p_.dresidual);
-      at.for_each([&](int64_t i, int64_t j) { add_sums(p_.x + i, g + j, at.length); });
     });
     return {sums.first(), sums.second()};
   }
@@ -383,33 +440,46 @@ class PlaneBackward {
       map.c = static_cast<A>(-r * r * scale * total.gd / n);
       if (p_.config.statistic == Statistic::MeanVar) map.e = static_cast<A>(-scale * total.g / n);
     }
-    const auto to_input = [&](int64_t offset, const auto* g, int64_t n) {
+    const auto to_input = [&](int64_t offset, int64_t n, auto&& gradient_at) {
       const T* x = p_.x + offset;
       T* dx = p_.dx + offset;
       for_each_wide<A>(n, [&](auto tag, int64_t i) {
         const auto v = load(tag, x + i);
         using V = std::remove_const_t<decltype(v)>;
-        store(tag, dx + i,
-              fmadd(V(map.scale), load(tag, g + i), fmadd(V(map.c), v - V(map.mean), V(map.e))));
+        const V d = v - V(map.mean), g = gradient_at(tag, d, i);
+        store(tag, dx + i, fmadd(V(map.scale), g, fmadd(V(map.c), d, V(map.e))));
       });
     };
+    const auto from = [&](int64_t offset, int64_t n, const auto* g) {
+      if (p_.dx == nullptr) return;
+      to_input(offset, n, [=](auto tag, auto, int64_t i) { return load(tag, g + i); });
+    };
+    const bool written = sums_ && p_.dresidual != nullptr;  // by the sums' pass
+    const T* stored = !epilogue_ ? p_.dy : written ? p_.dresidual : nullptr;
     T* dresidual = sums_ ? nullptr : p_.dresidual;
     alignas(64) A pre[kPiece], grad[kPiece];
     chunk(channel, index).for_each_piece([&](const Stretches& at, int64_t first) {
-      if (!epilogue_) {
-        return at.for_each([&](int64_t i, int64_t) { to_input(i, p_.dy + i, at.length); });
+      if (stored != nullptr) {
+        at.for_each([&](int64_t i, int64_t) { from(i, at.length, stored + i); });
+      } else if (cache != nullptr) {
+        at.for_each([&](int64_t i, int64_t j) { from(i, at.length, cache + first + j); });
+      } else if (relu_ && p_.dx != nullptr) {
+        at.for_each([&](int64_t i, int64_t) {
+          with_relu_gradient(map, i, dresidual,
+                             [&](auto gradient_at) { to_input(i, at.length, gradient_at); });
+        });
+      } else {
+        gradient(map, at, pre, grad, dresidual);
+        at.for_each(
+            [&](int64_t i, int64_t j) { from(i, at.length, static_cast<const A*>(grad) + j); });
       }
-      const A* g = cache != nullptr ? cache + first : grad;
-      if (cache == nullptr) gradient(map, at, pre, grad, dresidual);
-      if (p_.dx == nullptr) return;
-      at.for_each([&](int64_t i, int64_t j) { to_input(i, g + j, at.length); });
     });
   }
 
   const NormBackward<T>& p_;
   const View& v_;
   const PlaneTiling t_;
-  const bool epilogue_;
+  const bool epilogue_, relu_;
   bool parameters_, sums_;
 };
 
