@@ -18,7 +18,7 @@ namespace {
 
 constexpr int64_t kPlaneChunk = 32 * 1024;  // elements
 constexpr int64_t kPiece = kChunk;          // elements
-constexpr int64_t kFlush = 4 * kPiece;      // elements summed in the accumulation type
+constexpr int64_t kFlush = kPiece;          // elements summed in the accumulation type
 
 struct PlaneTiling {
   int64_t length, planes, parts, part, chunks;  // a chunk: `planes` planes, or a part of one
