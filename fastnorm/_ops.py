@@ -258,6 +258,7 @@ def differentiable_vjp(
 _fakes_registered = False
 
 
+@torch.compiler.assume_constant_result
 def register_fakes() -> bool:
     """Load the kernels and describe their outputs to the compiler; False where there are none."""
     global _fakes_registered

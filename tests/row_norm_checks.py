@@ -65,7 +65,9 @@ class RowNormChecks:
     def check(self, fused, unfused, tensors, grads, what="") -> None:
         with poisoned_memory():
             ours = run_with_gradients(fused, tensors, grads)
-        theirs = run_with_gradients(unfused, tensors, grads)
+        # Float64 is what everything is measured against, so torch's float32 stands in for itself.
+        double = tensors[0].dtype == torch.float64
+        theirs = run_with_gradients(unfused, tensors, grads, torch.float32 if double else None)
         exact = run_with_gradients(unfused, tensors, grads, torch.float64)
         assert_within_budget(ours, theirs, exact, what=what)
         for t, g in zip([t for t in tensors if t is not None], ours[-len(tensors) :], strict=False):
