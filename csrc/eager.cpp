@@ -22,6 +22,9 @@ bool exceeds(c10::DispatchKeySet set, c10::DispatchKeySet usual) {
   return ((set - usual).raw_repr() & ~c10::full_backend_mask) != 0;
 }
 
+// Set while fastnorm.explain follows a call through Python.
+thread_local bool explaining = false;
+
 }  // namespace
 
 bool undisturbed() {
@@ -30,7 +33,7 @@ bool undisturbed() {
       c10::DispatchKeySet({DispatchKey::BackendSelect, DispatchKey::ADInplaceOrView}) |
       c10::autocast_dispatch_keyset;
   const auto tls = c10::impl::tls_local_dispatch_key_set();
-  return !exceeds(tls.included_, usual) && !at::impl::torch_function_mode_enabled();
+  return !explaining && !exceeds(tls.included_, usual) && !at::impl::torch_function_mode_enabled();
 }
 
 // The CUDA kernels live in a library of their own, which may come later or never.
@@ -197,6 +200,7 @@ void register_norms(py::module_& m) {
   m.def("add_row_norm", wrap_pybind_function(add_row_norm));
   m.def("norm", wrap_pybind_function(any_norm));
   m.def("add_norm", wrap_pybind_function(any_add_norm));
+  m.def("set_explaining", [](bool on) { explaining = on; }, "Entries on this thread take no call.");
   m.def("form", form, "The form of the CPU kernel that a view takes.");
   m.def("simd_level", simd_level, "The instruction set this library was compiled for.");
 }

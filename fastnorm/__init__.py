@@ -41,6 +41,7 @@ from fastnorm.dropout import (
     feature_alpha_dropout,
     stochastic_depth,
 )
+from fastnorm.explain import Explanation, explain
 from fastnorm.group_norm import GroupNorm, group_norm
 from fastnorm.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, instance_norm
 from fastnorm.layer_norm import AddLayerNorm, LayerNorm, add_layer_norm, layer_norm
@@ -83,6 +84,7 @@ __all__ = [
     "Dropout2d",
     "Dropout3d",
     "EarlyStopping",
+    "Explanation",
     "FeatureAlphaDropout",
     "Finding",
     "GapReport",
@@ -118,6 +120,7 @@ __all__ = [
     "dropout2d",
     "dropout3d",
     "early_stopping_factors",
+    "explain",
     "feature_alpha_dropout",
     "gradient_norms",
     "group_norm",

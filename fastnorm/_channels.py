@@ -40,8 +40,8 @@ def make_dense(x: Tensor) -> tuple[Tensor, bool]:
         if inside.is_contiguous():
             return x, True
         if x.stride(1) == 1 and x.size(1) > 1:
-            return inside.contiguous().movedim(-1, 1), True
-    return x.contiguous(), False
+            return _ops.contiguous("input", inside).movedim(-1, 1), True
+    return _ops.contiguous("input", x), False
 
 
 def spatial_numel(x: Tensor) -> int:

@@ -67,7 +67,7 @@ def view_of(x: Tensor, shape: tuple[int, ...], dim: int) -> tuple[Tensor, _ops.V
     """`x`, made dense if it is not, and the view that normalizes it over `shape` or `dim`."""
     if dim == 1 and channels_last(x) and not x.is_contiguous():
         return x, _ops.row_view(x.numel() // max(shape[0], 1), shape[0])
-    x = x.contiguous()
+    x = _ops.contiguous("input", x)
     n = math.prod(shape)
     if dim < 0:
         return x, _ops.row_view(x.numel() // n if n else 0, n)
@@ -192,12 +192,17 @@ def add_layer(
         plain = call._replace(dropout_p=0.0)
         return reference(total, shape, -1, weight, bias, None, None, plain), total
     return _ops.add_norm(
-        input.contiguous(), residual.contiguous(), dense(weight), dense(bias), seed, call
+        _ops.contiguous("input", input),
+        _ops.contiguous("residual", residual),
+        dense(weight),
+        dense(bias),
+        seed,
+        call,
     )
 
 
 def dense(p: Tensor | None) -> Tensor | None:
-    return None if p is None else p.contiguous()
+    return None if p is None else _ops.contiguous("weight or bias", p)
 
 
 def extra_repr(module: torch.nn.Module) -> str:

@@ -8,7 +8,8 @@ pure-PyTorch reference when a backward pass must itself be differentiable.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,18 +36,47 @@ def row_view(rows: int, columns: int) -> View:
     return (rows, 1, 1, columns, 1, 1)
 
 
-def is_plain(*tensors: Tensor | None) -> bool:
-    """Nothing intercepts these tensors: no transform, no tangent, no subclass, no tracing."""
-    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
-        return False
+_notes = threading.local()
+
+
+def start_notes() -> list[str]:
+    """From now on this thread's calls say what they do; `fastnorm.explain`."""
+    _notes.steps = []
+    return _notes.steps
+
+
+def stop_notes() -> None:
+    _notes.steps = None
+
+
+def note(make: Callable[[], str]) -> None:
+    """Record a step where `explain` listens. `make` is only called there."""
+    if torch.compiler.is_compiling():
+        return
+    steps = getattr(_notes, "steps", None)
+    if steps is not None:
+        steps.append(make())
+
+
+def disturbance(*tensors: Tensor | None) -> str | None:
+    """What intercepts operators on these tensors (a transform, a subclass), or None."""
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active"
+    if torch.jit.is_tracing():
+        return "torch.jit is tracing"
     for t in tensors:
         if t is None:
             continue
         if type(t) is not Tensor and not isinstance(t, torch.nn.Parameter):
-            return False
-        if t.requires_grad and torch.autograd.forward_ad._is_fwd_grad_enabled() and has_tangent(t):
-            return False
-    return True
+            return f"{type(t).__name__} is a subclass of Tensor"
+        if has_tangent(t):
+            return "forward-mode differentiation"
+    return None
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Nothing intercepts these tensors: no transform, no tangent, no subclass, no tracing."""
+    return disturbance(*tensors) is None
 
 
 def has_tangent(t: Tensor) -> bool:
@@ -66,11 +96,18 @@ def use_kernel(input: Tensor, *others: Tensor | None) -> bool:
         return (
             _build.backend() == "kernel" and not torch.compiler.is_exporting() and register_fakes()
         )
-    if not is_plain(input, *others):
-        return False
-    if input.device.type == "cpu":
-        return _build.load() is not None
-    return input.device.type == "cuda" and _build.load_cuda()
+    reason = disturbance(input, *others)
+    device = input.device.type
+    if reason is None:
+        if _build.backend() == "reference":
+            reason = "the backend is 'reference'"
+        elif device not in _build.DEVICES:
+            reason = f"there are no kernels for {device}"
+        elif not (_build.load_cuda() if device == "cuda" else _build.load() is not None):
+            reason = _build.reason(device) or _build.reason("cpu") or "no kernels"
+    if reason is not None:
+        note(lambda: f"reference: {reason}")
+    return reason is None
 
 
 def norm(
@@ -87,6 +124,7 @@ def norm(
     if torch.compiler.is_compiling():
         return NormFunction.apply(x, weight, bias, residual, mean, var, seed, call)
     assert _build.module is not None
+    note(lambda: describe("norm", x, call.view))
     return _build.module.norm(x, weight, bias, residual, mean, var, seed, *call)
 
 
@@ -103,13 +141,33 @@ def add_norm(
         y, total, *_ = AddNormFunction.apply(x, residual, weight, bias, seed, call)
         return y, total
     assert _build.module is not None
+    note(lambda: describe("add_norm", x, call.view))
     return _build.module.add_norm(x, residual, weight, bias, seed, *call[:4], call.dropout_p)
+
+
+def describe(name: str, x: Tensor, view: Sequence[int]) -> str:
+    """The kernel that a norm runs, for `explain`."""
+    assert _build.module is not None
+    if x.is_cuda:
+        form = "row" if view[1] == 1 and view[5] == 1 else "column"
+    else:
+        form = _build.module.form(view, x.element_size())
+    return f"{name} on {x.device}: {form}, {str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+
+
+def contiguous(argument: str, t: Tensor) -> Tensor:
+    """`t`, or one dense copy of it."""
+    if t.is_contiguous():
+        return t
+    note(lambda: f"{argument}: copied, its strides {tuple(t.stride())} are not a layout we read")
+    return t.contiguous()
 
 
 def laid_out(t: Tensor, x: Tensor) -> Tensor:
     """`t` in the memory order of the dense tensor `x`: a copy unless it is; differentiable."""
     if t.stride() == x.stride() and t.dtype == x.dtype:
         return t
+    note(lambda: f"residual: copied, its strides {tuple(t.stride())} are not the input's")
     order = _reference.memory_order(x)
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return t.to(x.dtype).permute(order).contiguous().permute(inverse)

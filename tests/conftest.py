@@ -65,7 +65,7 @@ def cuda_torch(fresh, monkeypatch):
     return fresh
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
 def device(request: pytest.FixtureRequest) -> str:
     """Every test that takes it runs on each device there is."""
     return request.param

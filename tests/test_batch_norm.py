@@ -86,7 +86,7 @@ def test_layouts(shape, dtype, training):
     w, b = parameters(channels, dtype)
     stats = running(channels)
     for layout, of_grad in itertools.product(LAYOUTS, LAYOUTS):
-        if len(shape) < 3 and ("channels_last" in layout + of_grad or "expanded" == layout):
+        if len(shape) < 3 and ("channels_last" in layout + of_grad or layout == "expanded"):
             continue
         x = LAYOUTS[layout](torch.randn(shape).to(dtype))
         r = LAYOUTS[of_grad](torch.randn(shape).to(dtype))
@@ -523,7 +523,7 @@ def test_module_errors_are_torchs(backend, shape, cls):
         x = torch.randn(shape)
         mine = getattr(fastnorm, cls)(3)
         state = copy.deepcopy(mine.state_dict())
-        with pytest.raises(Exception) as expected:  # noqa: B017
+        with pytest.raises(Exception) as expected:
             getattr(nn, cls)(3)(x)
         with pytest.raises(expected.type):
             mine(x)
@@ -542,7 +542,7 @@ def test_module_errors_are_torchs(backend, shape, cls):
     ],
 )
 def test_function_errors_are_torchs(arguments):
-    with pytest.raises(Exception) as expected:  # noqa: B017
+    with pytest.raises(Exception) as expected:
         F.batch_norm(*arguments)
     with pytest.raises(expected.type):
         fastnorm.batch_norm(*arguments)
@@ -688,9 +688,7 @@ def test_basic_block_trains_alike(memory):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         losses[name] = []
         for _ in range(8):
-            loss = F.mse_loss(
-                model(x.to(dtype).contiguous(memory_format=memory)), target.to(dtype)
-            )
+            loss = F.mse_loss(model(x.to(dtype).contiguous(memory_format=memory)), target.to(dtype))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -179,7 +179,7 @@ def test_module_is_torchs():
     ],
 )
 def test_errors_are_torchs(call):
-    with pytest.raises(Exception) as theirs_:  # noqa: B017
+    with pytest.raises(Exception) as theirs_:
         call(F.group_norm)
     with pytest.raises(theirs_.type):
         call(fastnorm.group_norm)
@@ -251,9 +251,7 @@ def test_diffusion_block_trains_alike(memory):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         losses[name] = []
         for _ in range(8):
-            loss = F.mse_loss(
-                model(x.to(dtype).contiguous(memory_format=memory)), target.to(dtype)
-            )
+            loss = F.mse_loss(model(x.to(dtype).contiguous(memory_format=memory)), target.to(dtype))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

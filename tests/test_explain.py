@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastnorm
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+
+def test_kernel_and_its_form():
+    x = torch.randn(6, 8, requires_grad=True)
+    got = fastnorm.explain(fastnorm.layer_norm, x, (8,))
+    assert got.implementation == "kernel"
+    assert got.reason is None
+    assert str(got) == "kernel\n  norm on cpu: row, resident in cache, float32 [6, 8]"
+
+
+def test_long_rows_stream():
+    got = fastnorm.explain(fastnorm.rms_norm, torch.randn(1, 2**17), (2**17,))
+    assert "row, streaming" in str(got)
+
+
+def test_copies_are_named():
+    got = fastnorm.explain(fastnorm.layer_norm, torch.randn(6, 8).t(), (6,))
+    assert [step.split(":")[0] for step in got.steps] == ["input", "norm on cpu"]
+    assert "strides (1, 8)" in got.steps[0]
+
+
+def test_the_reason_of_the_reference():
+    x = torch.randn(3, 4)
+    with fastnorm.use_backend("reference"):
+        got = fastnorm.explain(fastnorm.rms_norm, x, (4,))
+        assert (got.implementation, got.reason) == ("reference", "the backend is 'reference'")
+    got = fastnorm.explain(torch.func.vmap(lambda v: fastnorm.layer_norm(v, (4,))), x)
+    assert got.reason == "a torch.func transform is active"
+    got = fastnorm.explain(fastnorm.layer_norm, x.to("meta"), (4,))
+    assert got.reason == "there are no kernels for meta"
+
+
+def test_a_module_and_nothing():
+    norm = fastnorm.AddLayerNorm(4)
+    got = fastnorm.explain(norm, torch.randn(2, 4), torch.randn(2, 4))
+    assert "add_norm on cpu" in str(got)
+    assert fastnorm.explain(lambda: None).implementation == "none"
+
+
+def test_the_fast_entry_is_back_afterwards():
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        fastnorm.explain(fastnorm.layer_norm, torch.randn(2, 4), (3,))
+    assert (
+        fastnorm._build.module.row_norm(torch.randn(2, 4), (4,), None, None, 1e-5, 0, 0.0, 0, None)
+        is not None
+    )
