@@ -5,6 +5,7 @@
 
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
+#include <c10/macros/Macros.h>
 
 #include <cstdint>
 #include <utility>
@@ -141,8 +142,9 @@ inline std::pair<A, A> wide_sum_and_squares(int64_t n, F&& term) {
 }
 
 // e^x within 2 ulp, 0 below -87.7 and inf above 88.4: Cephes' expf, inlined. ATen's exp is a call
-// to Sleef, which takes longer than all the rest of an activation.
-inline at::vec::Vectorized<float> fast_exp(at::vec::Vectorized<float> x) {
+// to Sleef, which takes longer than all the rest of an activation. Left to itself the compiler
+// keeps these functions out of line, and passes their vectors through memory.
+C10_ALWAYS_INLINE at::vec::Vectorized<float> fast_exp(at::vec::Vectorized<float> x) {
 #if defined(CPU_CAPABILITY_AVX2)
   // The constant comes first, because min and max return their second operand for a NaN.
   const __m256 v = _mm256_max_ps(_mm256_set1_ps(-88.1f), _mm256_min_ps(_mm256_set1_ps(88.7f), x));
@@ -183,8 +185,8 @@ inline at::vec::Vectorized<double> fast_exp(at::vec::Vectorized<double> x) { ret
 // Phi(x) and phi(x), with one exp for both. For float the tail q = Phi(-|x|) is formula 7.1.26 of
 // Abramowitz and Stegun, "Handbook of mathematical functions" (absolute error 7.5e-8), which is
 // ATen's erf too.
-inline void normal(at::vec::Vectorized<float> x, at::vec::Vectorized<float>& cdf,
-                   at::vec::Vectorized<float>& pdf) {
+C10_ALWAYS_INLINE void normal(at::vec::Vectorized<float> x, at::vec::Vectorized<float>& cdf,
+                              at::vec::Vectorized<float>& pdf) {
   using Vec = at::vec::Vectorized<float>;
   const Vec one(1.0f);
   const Vec e = fast_exp(x * x * Vec(-0.5f));
@@ -204,7 +206,7 @@ inline void normal(at::vec::Vectorized<double> x, at::vec::Vectorized<double>& c
   pdf = Vec(0.39894228040143267794) * (x * x * Vec(-0.5)).exp();
 }
 
-inline at::vec::Vectorized<float> normal_cdf(at::vec::Vectorized<float> x) {
+C10_ALWAYS_INLINE at::vec::Vectorized<float> normal_cdf(at::vec::Vectorized<float> x) {
   at::vec::Vectorized<float> cdf, pdf;
   normal(x, cdf, pdf);
   return cdf;
@@ -222,11 +224,13 @@ namespace fastnorm {
 template <typename A>
 struct Math<cpu::Wide<A>> {
   using V = cpu::Wide<A>;
-  static V exp(V x) { return {cpu::fast_exp(x.lo), cpu::fast_exp(x.hi)}; }
+  static C10_ALWAYS_INLINE V exp(V x) { return {cpu::fast_exp(x.lo), cpu::fast_exp(x.hi)}; }
   static V erf(V x) { return {x.lo.erf(), x.hi.erf()}; }
   static V tanh(V x) { return {x.lo.tanh(), x.hi.tanh()}; }
-  static V normal_cdf(V x) { return {cpu::normal_cdf(x.lo), cpu::normal_cdf(x.hi)}; }
-  static void normal(V x, V& cdf, V& pdf) {
+  static C10_ALWAYS_INLINE V normal_cdf(V x) {
+    return {cpu::normal_cdf(x.lo), cpu::normal_cdf(x.hi)};
+  }
+  static C10_ALWAYS_INLINE void normal(V x, V& cdf, V& pdf) {
     cpu::normal(x.lo, cdf.lo, pdf.lo);
     cpu::normal(x.hi, cdf.hi, pdf.hi);
   }
