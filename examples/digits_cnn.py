@@ -60,7 +60,7 @@ def make_model(regularized: bool) -> nn.Sequential:
             return [conv, fastnorm.BatchNorm2d(outputs, activation="relu")]
         return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()]
 
-    dropout = [nn.Dropout(0.5)] if regularized else []
+    dropout = [fastnorm.Dropout(0.5)] if regularized else []
     return nn.Sequential(
         *block(1, 32), *block(32, 32), nn.MaxPool2d(2), *block(32, 64), nn.MaxPool2d(2),
         nn.Flatten(), *dropout, nn.Linear(256, 10),

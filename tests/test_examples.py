@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,10 @@ def sequence_rnn(accuracies: dict[str, float]) -> None:
     assert accuracies["inside the cell"] > accuracies["nowhere"]
 
 
+def denoising_autoencoder(errors: dict[float, float]) -> None:
+    assert errors[0.3] < errors[0.0] < 0.3
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     # The models are small: threads would wait for each other, the more so on a busy machine.
@@ -59,14 +64,18 @@ CASES: list[tuple[str, Callable[[Any], None]]] = [
     ("initialization", initialization),
     ("digits_cnn", digits_cnn),
     ("sequence_rnn", sequence_rnn),
+    ("denoising_autoencoder", denoising_autoencoder),
 ]
 
 
 @pytest.mark.parametrize(("name", "expect"), CASES, ids=[name for name, _ in CASES])
-def test_example(name: str, expect: Callable[[Any], None], tmp_path: Path) -> None:
+def test_example(
+    name: str, expect: Callable[[Any], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # where dataclasses look up their annotations
     spec.loader.exec_module(module)
     picture = tmp_path / f"{name}.png"
     expect(module.main(["--quick", "--output", str(picture)]))
