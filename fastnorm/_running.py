@@ -33,7 +33,7 @@ def check_running(mean: Tensor | None, var: Tensor | None, channels: int, input:
 
 def check_updatable(running_mean: Tensor, input: Tensor) -> None:
     """A batched input can't enter statistics that all of its samples share."""
-    if torch._C._are_functorch_transforms_active():
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         is_batched = torch._C._functorch.is_batchedtensor
         if is_batched(input) and not is_batched(running_mean):
             raise RuntimeError(
@@ -195,18 +195,14 @@ class RunningStatistics(_NormBase):
         self.update_running_stats = True
         return self
 
-    def _uses_batch(self) -> bool:
-        """Whether this forward normalizes with statistics of its input."""
-        if self.running_mean is None:
-            return True
-        return self.training if self.use_running_stats is None else not self.use_running_stats
-
-    def _updates(self) -> bool:
+    def _mode(self, running_mean: Tensor | None) -> tuple[bool, bool]:
+        """Whether a forward now normalizes with its input's statistics, and keeps them."""
+        if running_mean is None:
+            return True, False
+        training, use = self.training, self.use_running_stats
         return (
-            self.training
-            and self.track_running_stats
-            and self.update_running_stats
-            and self.running_mean is not None
+            training if use is None else not use,
+            training and self.track_running_stats and self.update_running_stats,
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

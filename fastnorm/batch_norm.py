@@ -332,9 +332,10 @@ class _BatchNorm(RunningStatistics, torch.nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         running_mean, running_var = self.running_mean, self.running_var
         weight, bias = self.weight, self.bias
-        tracked, skipped = self.num_batches_tracked, self.num_batches_skipped
+        tracked = self.num_batches_tracked
+        skipped = self.num_batches_skipped if self.nonfinite_stats == "skip" else None
         training = self.training
-        batch_statistics, update = self._uses_batch(), self._updates()
+        batch_statistics, update = self._mode(running_mean)
         kernels = _build.module
         if (
             kernels is not None
@@ -499,7 +500,7 @@ class _RunningBatchNorm(_BatchNorm):
         mean, var = self.running_mean, self.running_var
         assert mean is not None and var is not None
         _running.check_running(mean, var, input.shape[1], input)
-        if not self._updates() or input.numel() == 0:
+        if not self._mode(mean)[1] or input.numel() == 0:
             return normalize(
                 input,
                 mean,

@@ -212,8 +212,8 @@ class _InstanceNorm(RunningStatistics, _TorchInstanceNorm):
             input = input.unsqueeze(0)
             residual = None if residual is None else residual.unsqueeze(0)
             mask = None if mask is None else mask.unsqueeze(0)
-        use_input = self._uses_batch()
-        running = not use_input or self._updates()
+        use_input, update = self._mode(self.running_mean)
+        running = not use_input or update
         y = instance_norm(
             input,
             self.running_mean if running else None,

@@ -56,14 +56,14 @@ def with_gradients(
 
 
 def assert_as_good(ours, theirs, exact, what: str = "") -> None:
-    """No error above 1.5 times torch's on the same input, both against float64, plus a rounding."""
+    """No error above 1.5 times torch's on the same input, both against float64, plus roundings."""
     for i, (a, b, e) in enumerate(zip(ours, theirs, exact, strict=True)):
         if e is None:
             assert a is None
             continue
         assert a.shape == e.shape and e.dtype == torch.float64
         own, peer = ((t.double() - e).abs().max().item() for t in (a, b))
-        budget = 1.5 * peer + 2 * UNIT_ROUNDOFF[a.dtype] * max(e.abs().max().item(), 1.0)
+        budget = 1.5 * peer + 4 * UNIT_ROUNDOFF[a.dtype] * max(e.abs().max().item(), 1.0)
         assert own <= budget, f"{what}[{i}]: error {own:.3g}, torch's {peer:.3g}"
 
 
