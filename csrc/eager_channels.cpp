@@ -178,6 +178,11 @@ bool read_momentum(const py::handle& object, double& momentum) {
   return object.is_none() || read_number(object, momentum);
 }
 
+// One value per channel; beside a number of values that fits, the shape is checked.
+bool channel_fits(const at::Tensor& p, const at::Tensor& x, int64_t channels) {
+  return (!p.defined() || p.dim() == 1) && parameter_fits(p, x, channels);
+}
+
 bool residual_fits(const at::Tensor& r, const at::Tensor& x) {
   return !r.defined() || (same_shape(r, x) && same_layout(r, x));
 }
@@ -206,7 +211,7 @@ py::object batch_norm(const py::handle& input, const py::handle& running_mean,
       !plain_tensor(weight.ptr(), w) || !plain_tensor(bias.ptr(), b) ||
       !plain_tensor(residual.ptr(), res) || !read_running(running_mean, running_var, r) ||
       !read_counter(tracked, r.tracked) || !read_counter(skipped, r.skipped) ||
-      !read_channels(x, c) || !parameter_fits(w, x, c.count) || !parameter_fits(b, x, c.count) ||
+      !read_channels(x, c) || !channel_fits(w, x, c.count) || !channel_fits(b, x, c.count) ||
       !residual_fits(res, x) || !(batch_statistics ? eps > 0 : eps >= 0)) {
     return py::none();
   }
@@ -216,8 +221,7 @@ py::object batch_norm(const py::handle& input, const py::handle& running_mean,
   call.eps = eps;
   call.activation = activation;
   const int64_t last = (c.batch - (call.view[0] - 1) * chunk) * c.spatial;
-  if (r.mean.defined() &&
-      (!parameter_fits(r.mean, x, c.count) || !parameter_fits(r.var, x, c.count))) {
+  if (r.mean.defined() && (!channel_fits(r.mean, x, c.count) || !channel_fits(r.var, x, c.count))) {
     return py::none();
   }
   OptionalTensor same;
@@ -257,7 +261,7 @@ py::object group_norm(const py::handle& input, const py::handle& groups_arg,
   if (!undisturbed() || !read_number(eps_arg, eps) || activation < 0 ||
       !plain_tensor(input.ptr(), x) || !x.defined() || !plain_tensor(weight.ptr(), w) ||
       !plain_tensor(bias.ptr(), b) || !plain_tensor(residual.ptr(), res) || !read_channels(x, c) ||
-      !parameter_fits(w, x, c.count) || !parameter_fits(b, x, c.count) || !residual_fits(res, x) ||
+      !channel_fits(w, x, c.count) || !channel_fits(b, x, c.count) || !residual_fits(res, x) ||
       !(eps >= 0)) {
     return py::none();
   }

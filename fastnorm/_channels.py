@@ -135,7 +135,7 @@ def reference(
     weight, bias = (None if p is None else p.reshape(spread) for p in (weight, bias))
     dims = tuple(range(2, wide.dim())) if groups else (0, *range(2, wide.dim()))
     valid = None if mask is None else mask.reshape(n, 1, 1, *spatial)
-    outer = n if groups else -(-n // chunk)
+    outer = n if groups else max(-(-n // chunk), 1)
 
     step = n if groups else chunk
     pieces, means, variances, counts = [], [], [], []
@@ -143,7 +143,7 @@ def reference(
     for start in starts:
         block = wide[start : start + step]
         ok = None if valid is None else valid[start : start + step]
-        count: int | Tensor = math.prod(block.shape[d] for d in dims)
+        count: int | Tensor = math.prod([block.shape[d] for d in dims])
         if ok is not None:
             # Also where a padded value is not finite.
             block = torch.where(ok, block, 0.0)
@@ -171,7 +171,7 @@ def reference(
         y = torch.where(padded, y, 0.0)
     if frozen is not None:
         return Normed(y, None, None, (0, 0))
-    mean, var = (torch.cat(s).detach().reshape(outer or 1, kept) for s in (means, variances))
+    mean, var = (torch.cat(s).detach().reshape(outer, kept) for s in (means, variances))
     if mask is None:
         return Normed(y, mean, var, (int(counts[0]), int(counts[-1])))
     return Normed(y, mean, var, torch.cat([torch.as_tensor(c).reshape(-1) for c in counts]))

@@ -77,7 +77,7 @@ def group_norm(
         torch.Size([2, 64, 32, 32])
     """
     if (
-        dropout_p == 0.0
+        not (training and dropout_p)
         and mask is None
         and lengths is None
         and num_groups is not None

@@ -86,17 +86,21 @@ def instance_norm(
         torch.Size([2, 64, 32, 32])
     """
     if (
-        dropout_p == 0.0
-        and use_input_stats
-        and running_mean is None
-        and running_var is None
+        not (training and dropout_p)
         and mask is None
         and lengths is None
         and not torch.compiler.is_compiling()
         and _build.module is not None
     ):
         code = ACTIVATION_CODES.get(activation, -1)
-        y = _build.module.group_norm(input, None, weight, bias, residual, eps, code)
+        y = None
+        if not use_input_stats:
+            y = _build.module.batch_norm(
+                input, running_mean, running_var, weight, bias, residual, None, None,
+                False, False, momentum, eps, code, 0,
+            )  # fmt: skip
+        elif running_mean is None and running_var is None:
+            y = _build.module.group_norm(input, None, weight, bias, residual, eps, code)
         if y is not None:
             return y
     tensors = (input, running_mean, running_var, weight, bias, residual)

@@ -34,6 +34,11 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def strides(x: Tensor) -> list[int]:
+    """Of the dimensions where they mean something."""
+    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
+
+
 def parameters(channels: int, dtype: torch.dtype, weight: bool = True, bias: bool = True):
     w = torch.randn(channels, dtype=torch.float64).mul(0.5).add(1.5).to(dtype)
     b = torch.randn(channels, dtype=torch.float64).to(dtype)
@@ -55,25 +60,29 @@ def with_gradients(
     return [y.detach(), *(None if t is None else t.grad for t in inputs)]
 
 
-def assert_as_good(ours, theirs, exact, what: str = "") -> None:
-    """No error above 1.5 times torch's on the same input, both against float64, plus roundings."""
+def assert_as_good(ours, theirs, exact, what: str = "", roundings: int = 4) -> None:
+    """No error above 1.5 times torch's on the same input, both against float64.
+
+    Plus `roundings` of the largest value: on a few values torch's own error is a matter of luck.
+    """
     for i, (a, b, e) in enumerate(zip(ours, theirs, exact, strict=True)):
         if e is None:
             assert a is None
             continue
         assert a.shape == e.shape and e.dtype == torch.float64
         own, peer = ((t.double() - e).abs().max().item() for t in (a, b))
-        budget = 1.5 * peer + 4 * UNIT_ROUNDOFF[a.dtype] * max(e.abs().max().item(), 1.0)
+        budget = 1.5 * peer + roundings * UNIT_ROUNDOFF[a.dtype] * max(e.abs().max().item(), 1.0)
         assert own <= budget, f"{what}[{i}]: error {own:.3g}, torch's {peer:.3g}"
 
 
-def check(ours, theirs, tensors, grad, what: str = "") -> None:
+def check(ours, theirs, tensors, grad, what: str = "", roundings: int = 4) -> None:
     """`ours` and `theirs` take the tensors; forward and every gradient are compared."""
     assert_as_good(
         with_gradients(ours, tensors, grad),
         with_gradients(theirs, tensors, grad),
         with_gradients(theirs, tensors, grad, torch.float64),
         what,
+        roundings,
     )
 
 

@@ -15,6 +15,7 @@ from channel_norm_checks import (
     check_derivatives,
     composed,
     parameters,
+    strides,
     with_gradients,
 )
 from torch import nn
@@ -36,6 +37,14 @@ def theirs(groups, activation=None):
     return composed(lambda x, w, b: F.group_norm(x, groups, w, b), activation)
 
 
+def affine_apart(x, w, b):
+    """Torch 2.13's backward fails where only one of weight and bias is given."""
+    y = F.group_norm(x, 2)
+    spread = (-1,) + (1,) * (x.dim() - 2)
+    y = y if w is None else y * w.view(spread)
+    return y if b is None else y + b.view(spread)
+
+
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("memory", ["contiguous", "channels_last"])
@@ -43,7 +52,7 @@ def test_derivatives(memory, activation, residual):
     for weight, bias in itertools.product([False, True], repeat=2):
         x, r = (LAYOUTS[memory](t) for t in torch.randn(2, 2, 4, 2, 3, dtype=torch.float64))
         tensors = [x, *parameters(4, x.dtype, weight, bias), r if residual else None]
-        check_derivatives(ours(2, activation), theirs(2, activation), tensors)
+        check_derivatives(ours(2, activation), composed(affine_apart, activation), tensors)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
@@ -51,7 +60,7 @@ def test_derivatives(memory, activation, residual):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_layouts(shape, dtype, groups):
     if groups == 6 and len(shape) == 2:
-        groups = 3
+        groups = 2  # of two values, the difference is all there is
     w, b = parameters(6, dtype)
     for layout, of_grad in itertools.product(LAYOUTS, LAYOUTS):
         if len(shape) < 3 and "channels_last" in layout + of_grad:
@@ -60,7 +69,9 @@ def test_layouts(shape, dtype, groups):
         if layout == "expanded" and groups == 6:
             continue  # the variance is 0
         r = LAYOUTS[of_grad](torch.randn(shape).to(dtype))
-        check(ours(groups, "silu"), theirs(groups, "silu"), [x, w, b, r], r, f"{layout} {of_grad}")
+        check(
+            ours(groups, "silu"), theirs(groups, "silu"), [x, w, b, r], r, f"{layout} {of_grad}", 16
+        )
 
 
 @pytest.mark.parametrize("backend", ["kernel", "reference"])
@@ -69,9 +80,9 @@ def test_memory_format_is_kept(backend):
         for shape in SHAPES[1:]:
             x = channels_last(torch.randn(shape)).requires_grad_()
             y = fastnorm.group_norm(x, 3, activation="relu")
-            assert y.stride() == x.stride()
+            assert strides(y) == strides(x)
             y.backward(torch.randn(shape))
-            assert x.grad.stride() == x.stride()
+            assert strides(x.grad) == strides(x)
 
 
 @pytest.mark.parametrize("memory", ["contiguous", "channels_last"])
@@ -247,11 +258,13 @@ def test_diffusion_block_trains_alike(memory):
     ):
         model = cls().to(dtype)
         model.load_state_dict(copy.deepcopy(start))
-        model.to(memory_format=memory)
+        # torch 2.13's own blocks stay contiguous: they crash in channels-last on the CPU.
+        layout = memory if name == "ours" else torch.contiguous_format
+        model.to(memory_format=layout)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         losses[name] = []
         for _ in range(8):
-            loss = F.mse_loss(model(x.to(dtype).contiguous(memory_format=memory)), target.to(dtype))
+            loss = F.mse_loss(model(x.to(dtype).contiguous(memory_format=layout)), target.to(dtype))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
