@@ -1,0 +1,487 @@
+// Column geometry, forward: batch norm in any layout, group and instance norm of NHWC; the pixel
+// form (pixel_norm.cuh) takes the norms over the channels of NCHW.
+//
+//   y = dropout(activation((x - mean) * scale + bias + residual)),  scale = (weight + offset) *
+//   rstd
+//
+// Streaming: chunk sums, merge, map. Every statistic is spread over as many blocks as it has
+// chunks. A thread adds up d = x - K over its elements, K being the first of them:
+//
+//   mean = K + sum(d) / n,   m2 = sum(d^2) - sum(d)^2 / n                 (MeanSquare: K = 0)
+//
+// which loses about 1 + (K - mean)^2 / var roundings, at most n, whatever the mean. The columns of
+// a statistic are then merged in the block, and its chunks by a second kernel, both in two passes,
+// mean first: equal elements have that mean and variance zero.
+// The map runs in the reverse order of the blocks, so that it begins with what the sums left in
+// L2: (3 - f) E b, f being the part of the tensor that was still there.
+//
+// Resident: where a block has all elements of its statistics (small samples), one kernel does all;
+// the second read comes from L1 or L2: 2 E b. Frozen statistics need the map alone: 2 E b.
+#pragma once
+
+#include "common/stats.h"
+#include "cuda/column_tiling.cuh"
+#include "cuda/reduce.cuh"
+
+namespace fastnorm::cuda {
+
+// Count, mean and m2 of every column of a pack.
+template <typename A, int n>
+struct PackMoments {
+  A shift[n], sum[n], square[n];
+  int whole = 0, ragged[n];
+
+  template <typename T, typename Walk>
+  FASTNORM_DEVICE void add_all(const T* x, Walk walk, bool centered) {
+#pragma unroll
+    for (int e = 0; e < n; ++e) shift[e] = sum[e] = square[e] = A(0), ragged[e] = 0;
+    constexpr int kAhead = 4;
+    bool begun = !centered;
+    while (true) {
+      Span span[kAhead];
+      Pack<T, n> pack[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        span[i] = walk.next();
+        if (span[i].any()) pack[i] = load_span<n>(x, span[i], true);
+      }
+      if (!begun && span[0].any()) begin(pack[0], span[0]);
+      begun = true;
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (span[i].any()) add(pack[i], span[i]);
+      }
+      if (!span[kAhead - 1].any()) return;
+    }
+  }
+  // Elements that aren't there take the shift of one that is: they may come in a later pack.
+  template <typename T>
+  FASTNORM_DEVICE void begin(const Pack<T, n>& pack, const Span& s) {
+    A present = A(0);
+#pragma unroll
+    for (int e = n - 1; e >= 0; --e) {
+      if (s.has(e)) present = widen(pack.v[e]);
+    }
+#pragma unroll
+    for (int e = 0; e < n; ++e) shift[e] = s.has(e) ? widen(pack.v[e]) : present;
+  }
+  template <typename T>
+  FASTNORM_DEVICE void add(const Pack<T, n>& pack, const Span& s) {
+    if (s.whole) ++whole;
+#pragma unroll
+    for (int e = 0; e < n; ++e) {
+      if (!s.has(e)) continue;
+      const A d = widen(pack.v[e]) - shift[e];
+      sum[e] += d;
+      square[e] += d * d;
+      if (!s.whole) ++ragged[e];
+    }
+  }
+  FASTNORM_DEVICE A count(int e) const { return static_cast<A>(whole + ragged[e]); }
+  // Mean less the shift.
+  FASTNORM_DEVICE A excess(int e, bool centered) const {
+    return centered && whole + ragged[e] > 0 ? sum[e] / count(e) : A(0);
+  }
+  FASTNORM_DEVICE A m2(int e, bool centered) const {
+    if (!centered || whole + ragged[e] == 0) return square[e];
+    const A v = square[e] - sum[e] * (sum[e] / count(e));
+    return v < A(0) ? A(0) : v;
+  }
+};
+
+// Mean, scale and bias of every element of a pack.
+template <typename A, int n>
+struct ColumnAffine {
+  A mean_[n], scale_[n], bias_[n];
+
+  FASTNORM_DEVICE A mean(int e) const { return mean_[e]; }
+  FASTNORM_DEVICE A scale(int e) const { return scale_[e]; }
+  FASTNORM_DEVICE A bias(int e) const { return bias_[e]; }
+};
+
+// The same, one for all.
+template <typename A>
+struct PlaneAffine {
+  A mean_, scale_, bias_;
+
+  FASTNORM_DEVICE A mean(int) const { return mean_; }
+  FASTNORM_DEVICE A scale(int) const { return scale_; }
+  FASTNORM_DEVICE A bias(int) const { return bias_; }
+};
+
+template <typename T>
+FASTNORM_DEVICE Accumulate<T> parameter_of(const Parameter& parameter, int64_t channel,
+                                           Accumulate<T> absent) {
+  if (parameter.data == nullptr) return absent;
+  Accumulate<T> value[1];
+  load_parameter<T>(parameter, channel, value);
+  return value[0];
+}
+
+template <typename T>
+FASTNORM_DEVICE Accumulate<T> weight_of(const Parameter& weight, double offset, int64_t channel) {
+  using A = Accumulate<T>;
+  return weight.data == nullptr ? A(1)
+                                : parameter_of<T>(weight, channel, A(0)) + static_cast<A>(offset);
+}
+
+// 1 / sqrt(var + eps) of statistic `at`, which this block itself may have stored.
+template <typename A>
+FASTNORM_DEVICE A rstd_of(const A* var, int64_t at, double eps) {
+  return A(1) / sqrt(load_coherent<1>(var + at).v[0] + static_cast<A>(eps));
+}
+
+// P: NormForward<T> or NormBackward<T>. f(e, statistic, weight, rstd) for what else depends on
+// them.
+template <int n, typename T, typename P, typename F>
+FASTNORM_DEVICE ColumnAffine<Accumulate<T>, n> load_column_affine(const P& p, const ColumnTiling& t,
+                                                                  const ColumnTile& tile, F&& f) {
+  using A = Accumulate<T>;
+  ColumnAffine<A, n> affine;
+  const View& v = p.config.view;
+  const int64_t column = tile.first + int64_t{threadIdx.x} * n;
+  int64_t at = column - divide(column, t.row) * t.row;  // in a row of the tensor
+#pragma unroll
+  for (int e = 0; e < n; ++e) {
+    affine.mean_[e] = affine.scale_[e] = affine.bias_[e] = A(0);
+    if (column + e < tile.end) {
+      const int64_t channel = v.inner == 1 ? at : divide(at, v.inner);
+      const int64_t statistic =
+          tile.o * v.kept + (v.reduce_inner == 1 ? at : divide(at, v.reduce_inner));
+      const A rstd = rstd_of(p.var, statistic, p.config.eps);
+      const A weight = weight_of<T>(p.weight, p.config.weight_offset, channel);
+      if (p.mean != nullptr) affine.mean_[e] = load_coherent<1>(p.mean + statistic).v[0];
+      affine.scale_[e] = weight * rstd;
+      affine.bias_[e] = parameter_of<T>(p.bias, channel, A(0));
+      f(e, statistic, weight, rstd);
+    }
+    if (++at == t.row) at = 0;
+  }
+  return affine;
+}
+
+template <typename T, typename P>
+FASTNORM_DEVICE PlaneAffine<Accumulate<T>> load_plane_affine(const P& p, const PlaneTile& tile) {
+  using A = Accumulate<T>;
+  const int64_t statistic = tile.o * p.config.view.kept + tile.channel;
+  const A rstd = rstd_of(p.var, statistic, p.config.eps);
+  return {p.mean != nullptr ? load_coherent<1>(p.mean + statistic).v[0] : A(0),
+          weight_of<T>(p.weight, p.config.weight_offset, tile.channel) * rstd,
+          parameter_of<T>(p.bias, tile.channel, A(0))};
+}
+
+// What reaches the activation. The backward pass calls it as well: the same roundings.
+template <typename T, int n, typename Affine>
+FASTNORM_DEVICE void affine_of_pack(const Pack<T, n>& x, const Affine& affine, bool add,
+                                    const Pack<T, n>& residual, Accumulate<T> (&v)[n]) {
+  widen(x, v);
+#pragma unroll
+  for (int e = 0; e < n; ++e) v[e] = (v[e] - affine.mean(e)) * affine.scale(e) + affine.bias(e);
+  if (!add) return;
+  Accumulate<T> r[n];
+  widen(residual, r);
+#pragma unroll
+  for (int e = 0; e < n; ++e) v[e] += r[e];
+}
+
+// Maps the packs of a walk; the next one is on its way while this one is mapped.
+template <int n, typename T, typename Walk, typename Affine>
+FASTNORM_DEVICE void normalize_walk(const NormForward<T>& p, Walk walk, const Affine& affine) {
+  using A = Accumulate<T>;
+  const Drop<A> drop = Drop<A>::of(p.config.dropout);
+  const bool add = p.residual != nullptr;
+  Span here = walk.next();
+  Pack<T, n> x{}, residual{};
+  if (here.any()) {
+    x = load_span<n>(p.x, here, false);
+    if (add) residual = load_span<n>(p.residual, here, false);
+  }
+  while (here.any()) {
+    const Span after = walk.next();
+    Pack<T, n> next_x{}, next_residual{};
+    if (after.any()) {
+      next_x = load_span<n>(p.x, after, false);
+      if (add) next_residual = load_span<n>(p.residual, after, false);
+    }
+    A v[n];
+    affine_of_pack(x, affine, add, residual, v);
+    activate(v, p.config.activation);
+    drop_span(drop, v, here.index);
+    store_span(p.y, here, narrow<T>(v));
+    here = after;
+    x = next_x;
+    residual = next_residual;
+  }
+}
+
+// Partial moments: three arrays over the pieces.
+template <typename A>
+struct MomentPieces {
+  A *count, *mean, *m2;
+
+  FASTNORM_DEVICE MomentPieces(unsigned char* workspace, const Pieces& pieces)
+      : count(reinterpret_cast<A*>(workspace)),
+        mean(count + pieces.total()),
+        m2(mean + pieces.total()) {}
+};
+
+// Merges the columns of each statistic of the tile; f(segment of the tile, count, mean, m2) by one
+// thread each.
+template <int n, typename A, typename F>
+FASTNORM_DEVICE void merge_columns(const PackMoments<A, n>& moments, bool centered,
+                                   const ColumnTile& tile, const Segments& segments, F&& f) {
+  A* means = reinterpret_cast<A*>(dynamic_shared());
+  A* shifts = means + n * blockDim.x;
+  A* squares = shifts + n * blockDim.x;
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+#pragma unroll
+  for (int e = 0; e < n; ++e) {
+    shared_store(means + e * threads + thread, moments.excess(e, centered));
+    shared_store(shifts + e * threads + thread, moments.shift[e]);
+    shared_store(squares + e * threads + thread, moments.m2(e, centered));
+  }
+  __syncthreads();
+  for_each_segment(segments, [&](int64_t g, int lane, int lanes) {
+    const int columns = g < segments.n ? segments.count(g) : 0;
+    const auto place = [&](int i) {
+      const int j = segments.column(g, i);
+      return j % n * threads + j / n;
+    };
+    // Means from here on are relative to the first shift, which rounding doesn't touch.
+    const A base = columns > 0 ? shared_load(shifts + place(0)) : A(0);
+    const auto mean_of = [&](int i) {
+      return shared_load(shifts + place(i)) - base + shared_load(means + place(i));
+    };
+    A mean = 0, sum[2] = {0, 0}, square[1] = {0};
+    for (int i = lane; i < columns; i += lanes) {
+      const A count = static_cast<A>(tile.count(tile.first + segments.column(g, i)));
+      sum[0] += count;
+      if (centered && count > A(0)) sum[1] += count * mean_of(i);
+    }
+    warp_sum(sum, lanes);
+    if (centered && sum[0] > A(0)) mean = sum[1] / sum[0];
+    for (int i = lane; i < columns; i += lanes) {
+      const A count = static_cast<A>(tile.count(tile.first + segments.column(g, i)));
+      const A d = mean_of(i) - mean;
+      square[0] += shared_load(squares + place(i)) + (count > A(0) ? count * d * d : A(0));
+    }
+    warp_sum(square, lanes);
+    if (lane == 0 && columns > 0) f(g, sum[0], base + mean, square[0]);
+  });
+}
+
+template <typename T>
+__global__ __launch_bounds__(kColumnThreads,
+                             4) void column_norm_fwd_kernel(NormForward<T> p, ColumnTiling t,
+                                                            Pieces pieces, Phase phase) {
+  using A = Accumulate<T>;
+  constexpr int n = kPackSize<T>;
+  const View& v = p.config.view;
+  const ColumnTile tile(v, t, phase == Phase::Map ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+  const ColumnWalk<n> walk(t, tile);
+  if (phase != Phase::Map) {
+    const bool centered = p.config.statistic == Statistic::MeanVar;
+    const Segments segments(t, tile, v.reduce_inner, v.kept);
+    const MomentPieces<A> partial(p.workspace, pieces);
+    PackMoments<A, n> moments;
+    moments.add_all(p.x, walk, centered);
+    merge_columns(moments, centered, tile, segments, [&](int64_t g, A count, A mean, A m2) {
+      if (phase == Phase::Both) {
+        const int64_t at = tile.o * v.kept + segments.first + g;
+        if (centered) store(p.mean + at, mean);
+        store(p.var + at, m2 / count);
+      } else {
+        const int64_t at = pieces.slot(tile.o, tile.chunk, tile.index, segments.first + g);
+        store(partial.count + at, count);
+        store(partial.mean + at, mean);
+        store(partial.m2 + at, m2);
+      }
+    });
+    if (phase == Phase::Reduce) return;
+    __syncthreads();
+  }
+  const auto affine = load_column_affine<n, T>(p, t, tile, [](int, int64_t, A, A) {});
+  normalize_walk<n>(p, walk, affine);
+}
+
+template <typename T>
+__global__ __launch_bounds__(kColumnThreads,
+                             4) void plane_norm_fwd_kernel(NormForward<T> p, PlaneTiling t,
+                                                           Pieces pieces, Phase phase) {
+  using A = Accumulate<T>;
+  constexpr int n = kPackSize<T>;
+  const View& v = p.config.view;
+  const PlaneTile tile(v, t, phase == Phase::Map ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+  const PlaneWalk<n> walk(t, tile);
+  if (phase == Phase::Map) {
+    if (tile.empty()) return;
+    normalize_walk<n>(p, walk, load_plane_affine<T>(p, tile));
+    return;
+  }
+  const bool centered = p.config.statistic == Statistic::MeanVar;
+  A* scratch = reinterpret_cast<A*>(dynamic_shared());
+  PackMoments<A, n> moments;
+  moments.add_all(p.x, walk, centered);
+  // As in merge_columns; the base is the first element of the block.
+  A base = 0, mean = 0, sum[2] = {0, 0}, square[1] = {0};
+  if (centered && !tile.empty()) base = widen(load(p.x + tile.first_element()));
+#pragma unroll
+  for (int e = 0; e < n; ++e) {
+    const A count = moments.count(e);
+    sum[0] += count;
+    if (count > A(0)) sum[1] += count * (moments.shift[e] - base + moments.excess(e, centered));
+  }
+  block_sum(sum, scratch);
+  if (centered && sum[0] > A(0)) mean = sum[1] / sum[0];
+#pragma unroll
+  for (int e = 0; e < n; ++e) {
+    const A count = moments.count(e);
+    const A d = moments.shift[e] - base + moments.excess(e, centered) - mean;
+    square[0] += moments.m2(e, centered) + (count > A(0) ? count * d * d : A(0));
+  }
+  block_sum(square, scratch + 2 * kMaxWarps);
+  if (threadIdx.x != 0) return;
+  const MomentPieces<A> partial(p.workspace, pieces);
+  const int64_t at = pieces.slot(tile.o, tile.chunk, 0, tile.channel);
+  store(partial.count + at, sum[0]);
+  store(partial.mean + at, base + mean);
+  store(partial.m2 + at, square[0]);
+}
+
+// k sums over the `rows` rows of threads of a block; valid in every thread. Scratch: k values per
+// thread. Ends with a barrier before the result is read, so scratch must not be used again.
+template <int k, typename A>
+FASTNORM_DEVICE void sum_over_rows(A (&v)[k], int rows, A* scratch) {
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int columns = threads / rows;
+#pragma unroll
+  for (int i = 0; i < k; ++i) shared_store(scratch + i * threads + thread, v[i]);
+  __syncthreads();
+  for (int half = rows / 2; half > 0; half /= 2) {
+    if (thread < half * columns) {
+#pragma unroll
+      for (int i = 0; i < k; ++i) {
+        A* own = scratch + i * threads + thread;
+        shared_store(own, shared_load(own) + shared_load(own + half * columns));
+      }
+    }
+    __syncthreads();
+  }
+#pragma unroll
+  for (int i = 0; i < k; ++i) v[i] = shared_load(scratch + i * threads + thread % columns);
+}
+
+// Neighbouring threads have neighbouring statistics; `rows` threads share the pieces of one.
+template <typename T>
+__global__ __launch_bounds__(kMergeThreads) void merge_moments_kernel(NormForward<T> p,
+                                                                      Pieces pieces, int rows) {
+  using A = Accumulate<T>;
+  A* scratch = reinterpret_cast<A*>(dynamic_shared());
+  const View& v = p.config.view;
+  const int columns = static_cast<int>(blockDim.x) / rows;
+  const int row = static_cast<int>(threadIdx.x) / columns;
+  const int64_t statistic = int64_t{blockIdx.x} * columns + threadIdx.x % columns;
+  const bool here = statistic < v.statistics();
+  const int64_t o = here ? divide(statistic, v.kept) : 0;
+  const PieceList list(pieces, o, here ? statistic - o * v.kept : 0);
+  const MomentPieces<A> partial(p.workspace, pieces);
+  const bool centered = p.config.statistic == Statistic::MeanVar;
+  const A total = static_cast<A>(v.rows_of(o) * v.reduce_inner);
+  A mean = 0, sum[1] = {0};
+  if (centered) {
+    if (here) {
+      mean = load(partial.mean + list.begin());
+      list.for_each(row, rows, [&](int64_t at) {
+        const A count = load(partial.count + at), d = load(partial.mean + at) - mean;
+        sum[0] += count > A(0) ? count * d : A(0);
+      });
+    }
+    sum_over_rows(sum, rows, scratch);
+    mean += sum[0] / total;
+  }
+  sum[0] = 0;
+  if (here) {
+    list.for_each(row, rows, [&](int64_t at) {
+      const A count = load(partial.count + at), d = load(partial.mean + at) - mean;
+      sum[0] += load(partial.m2 + at) + (count > A(0) ? count * d * d : A(0));
+    });
+  }
+  sum_over_rows(sum, rows, scratch + blockDim.x);
+  if (row != 0 || !here) return;
+  if (centered) store(p.mean + statistic, mean);
+  store(p.var + statistic, sum[0] / total);
+}
+
+// Threads that share the pieces of a segment in the kernels that merge them.
+inline int merge_rows(const Pieces& pieces) {
+  const int64_t most = pieces.chunks * (pieces.folded ? 1 : pieces.tiles);
+  int rows = 1;
+  while (rows < 32 && rows < most) rows *= 2;
+  return rows;
+}
+
+inline unsigned blocks(int64_t count) { return static_cast<unsigned>(count); }
+
+// Launches a kernel of the merge over `segments` segments.
+template <typename Launch, typename Kernel, typename P>
+void launch_merge(Launch& launch, const char* name, Kernel kernel, const P& p, const Pieces& pieces,
+                  int64_t segments, size_t value_size) {
+  const int rows = merge_rows(pieces);
+  launch(name,
+         LaunchShape{blocks(ceil_div(segments, kMergeThreads / rows)), kMergeThreads,
+                     2 * kMergeThreads * value_size},
+         kernel, p, pieces, rows);
+}
+
+inline size_t column_norm_fwd_workspace_bytes(const View& view, size_t element_size) {
+  if (view.inner == 0 || view.numel() == 0) return 0;
+  const int width = static_cast<int>(16 / element_size);
+  const size_t value = element_size == 8 ? 8 : 4;
+  if (PlaneTiling::takes(view)) {
+    return 3 * value * static_cast<size_t>(PlaneTiling::of(view, width).pieces(view).total());
+  }
+  const ColumnTiling t = ColumnTiling::of(view, width);
+  if (t.resident) return 0;
+  return 3 * value * static_cast<size_t>(Pieces::of(view, t, view.reduce_inner, view.kept).total());
+}
+
+// The column and the plane form.
+template <typename T, typename Launch>
+void column_norm_fwd(const NormForward<T>& p, Launch&& launch) {
+  using A = Accumulate<T>;
+  constexpr int n = kPackSize<T>;
+  const View& v = p.config.view;
+  if (v.numel() == 0) return;
+  const bool aligned = aligned_packs({p.x, p.residual, p.y});
+  if (PlaneTiling::takes(v)) {
+    PlaneTiling t = PlaneTiling::of(v, n);
+    t.aligned = aligned;
+    const Pieces pieces = t.pieces(v);
+    const LaunchShape shape{blocks(v.outer * t.chunks * v.kept), kColumnThreads,
+                            3 * kMaxWarps * sizeof(A)};
+    if (!p.config.frozen) {
+      launch("plane_norm_fwd, moments", shape, plane_norm_fwd_kernel<T>, p, t, pieces,
+             Phase::Reduce);
+      launch_merge(launch, "merge_moments", merge_moments_kernel<T>, p, pieces, v.statistics(),
+                   sizeof(A));
+    }
+    launch("plane_norm_fwd, map", shape, plane_norm_fwd_kernel<T>, p, t, pieces, Phase::Map);
+    return;
+  }
+  ColumnTiling t = ColumnTiling::of(v, n);
+  t.aligned = aligned;
+  const Pieces pieces = Pieces::of(v, t, v.reduce_inner, v.kept);
+  const auto threads = static_cast<unsigned>(t.threads);
+  const LaunchShape shape{blocks(v.outer * t.chunks * t.tiles), threads,
+                          p.config.frozen ? 0 : size_t{3} * n * threads * sizeof(A)};
+  if (!p.config.frozen) {
+    launch(t.resident ? "column_norm_fwd, resident" : "column_norm_fwd, moments", shape,
+           column_norm_fwd_kernel<T>, p, t, pieces, t.resident ? Phase::Both : Phase::Reduce);
+    if (t.resident) return;
+    launch_merge(launch, "merge_moments", merge_moments_kernel<T>, p, pieces, v.statistics(),
+                 sizeof(A));
+  }
+  launch("column_norm_fwd, map", shape, column_norm_fwd_kernel<T>, p, t, pieces, Phase::Map);
+}
+
+}  // namespace fastnorm::cuda
