@@ -413,7 +413,7 @@ def test_backward_of_every_row_length(
     assert seen == {f"row_norm_bwd, {form}; add_partial_rows" for form in forms}
 
 
-@pytest.mark.parametrize(("size", "rows"), [(8, 9000), (24, 5000), (100, 2500), (2304, 300)])
+@pytest.mark.parametrize(("size", "rows"), [(8, 9000), (100, 2500), (512, 2200), (2304, 300)])
 def test_backward_of_many_rows(lib: driver.Library, size: int, rows: int) -> None:
     """More rows than one turn of the persistent blocks."""
     norm = norms.Norm(norms.row_view(rows, size))
