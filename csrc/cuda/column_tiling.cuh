@@ -273,8 +273,9 @@ struct PieceList {
       for (int64_t chunk = row; chunk < chunks; chunk += rows) f(begin() + chunk * per_chunk);
       return;
     }
-    const int64_t skip = divide(rows, tiles), rest = rows - skip * tiles;
-    int64_t chunk = divide(row, tiles), tile = row - chunk * tiles;
+    const int wide = tiles > rows ? rows + 1 : static_cast<int>(tiles);
+    const int skip = rows / wide, rest = rows - skip * wide;
+    int64_t chunk = row / wide, tile = row - chunk * wide;
     while (chunk < chunks) {
       f(first + chunk * per_chunk + tile * slots + (tile == 0 ? first_slot : 0));
       chunk += skip;

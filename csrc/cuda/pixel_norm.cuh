@@ -188,8 +188,8 @@ __global__ __launch_bounds__(kPixelThreads) void pixel_norm_fwd_kernel(NormForwa
 }
 
 template <typename T, int n>
-__global__ __launch_bounds__(kPixelThreads) void pixel_norm_bwd_kernel(NormBackward<T> p,
-                                                                       PixelTiling t) {
+__global__ __launch_bounds__(kPixelThreads, 1) void pixel_norm_bwd_kernel(NormBackward<T> p,
+                                                                          PixelTiling t) {
   using A = Accumulate<T>;
   const View& v = p.config.view;
   const int threads = static_cast<int>(blockDim.x), pixels = t.lanes * n;
