@@ -48,6 +48,14 @@ def denoising_autoencoder(errors: dict[float, float]) -> None:
     assert errors[0.3] < errors[0.0] < 0.3
 
 
+def digits_resnet(losses: dict[str, list[float]]) -> None:
+    by_torch, by_fastnorm = losses.values()
+    assert by_torch[-1] < 0.5 * by_torch[0]
+    # The first steps differ by rounding only.
+    assert by_fastnorm[:3] == pytest.approx(by_torch[:3], abs=2e-3)
+    assert by_fastnorm[-1] < 0.5 * by_fastnorm[0]
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     # The models are small: threads would wait for each other, the more so on a busy machine.
@@ -60,6 +68,7 @@ def _one_thread() -> Iterator[None]:
 # Name of the file, what to expect of what its main() returns.
 CASES: list[tuple[str, Callable[[Any], None]]] = [
     ("digits", digits),
+    ("digits_resnet", digits_resnet),
     ("sparse_regression", sparse_regression),
     ("initialization", initialization),
     ("digits_cnn", digits_cnn),
