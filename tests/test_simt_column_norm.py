@@ -49,26 +49,26 @@ def pixel_nchw(samples: int, channels: int, pixels: int) -> norms.View:
 # name -> view, and the kernels that it takes, forward and backward.
 FORMS = {
     "columns, resident": (batch_nhwc(6, 40), "column_norm_fwd, resident"),
-    "columns": (batch_nhwc(2200, 16), "column_norm_fwd, moments"),
+    "columns": (batch_nhwc(1100, 16), "column_norm_fwd, moments"),
     "short planes": (batch_nchw(15, 3, 49), "column_norm_fwd, resident"),
     "tiles that split planes": (batch_nchw(9, 11, 275), "column_norm_fwd, moments"),
     "planes": (batch_nchw(5, 3, 784), "plane_norm_fwd, moments"),
-    "parts of planes": (batch_nchw(2, 1, 17001), "plane_norm_fwd, moments"),
+    "parts of planes": (batch_nchw(2, 1, 16501), "plane_norm_fwd, moments"),
     "groups, resident": (group_nhwc(3, 16, 4, 6), "column_norm_fwd, resident"),
-    "groups": (group_nhwc(2, 450, 8, 10), "column_norm_fwd, moments"),
-    "instances": (group_nhwc(2, 1500, 24, 1), "column_norm_fwd, moments"),
+    "groups": (group_nhwc(2, 230, 8, 10), "column_norm_fwd, moments"),
+    "instances": (group_nhwc(2, 730, 24, 1), "column_norm_fwd, moments"),
     "pixels": (pixel_nchw(2, 96, 64), "pixel_norm_fwd, staged"),
     "pixels, ragged": (pixel_nchw(2, 37, 49), "pixel_norm_fwd, staged"),
 }
 RAGGED = [
-    *(batch_nhwc(rows, c) for rows in (2, 3, 65, 521) for c in (1, 3, 65, 257)),
-    *(batch_nhwc(rows, c) for rows, c in ((33, 2049), (70, 4099), (300, 2052), (4, 8), (2, 5000))),
-    *(batch_nchw(s, c, p) for s in (2, 3, 7) for c, p in ((1, 2), (3, 5), (65, 3), (5, 511))),
-    *(batch_nchw(s, c, p) for s, c, p in ((35, 7, 331), (33, 2, 512), (3, 3, 521), (17, 1, 1023))),
-    *(batch_nchw(2, 1, p) for p in (8192, 8193, 16384, 16385)),
-    *(group_nhwc(s, p, g, c) for s, p in ((1, 2), (5, 7)) for g, c in ((1, 1), (3, 65), (2, 1300))),
-    *(group_nhwc(2, p, g, c) for p, g, c in ((331, 3, 5), (67, 1, 2053), (300, 1, 1))),
-    *(pixel_nchw(s, c, p) for s in (1, 3) for c in (1, 2, 65) for p in (1, 3, 67, 264)),
+    *(batch_nhwc(rows, c) for rows in (2, 3, 65) for c in (1, 3, 65, 257)),
+    *(batch_nhwc(rows, c) for rows, c in ((521, 1), (521, 65), (33, 1029), (17, 4099), (18, 2052))),
+    *(batch_nchw(s, c, p) for s in (2, 7) for c, p in ((1, 2), (3, 5), (65, 3), (5, 511))),
+    *(batch_nchw(s, c, p) for s, c, p in ((35, 7, 131), (33, 2, 512), (3, 3, 521), (17, 1, 1023))),
+    *(batch_nchw(2, 1, p) for p in (8192, 16384, 16385)),
+    *(group_nhwc(s, p, g, c) for s, p in ((1, 2), (5, 7)) for g, c in ((1, 1), (3, 65), (2, 1100))),
+    *(group_nhwc(2, p, g, c) for p, g, c in ((331, 3, 5), (67, 1, 1031), (300, 1, 1))),
+    *(pixel_nchw(s, c, p) for s, c in ((1, 1), (3, 2), (2, 65)) for p in (1, 3, 67, 264)),
     pixel_nchw(1, 1031, 24),
     pixel_nchw(1, 300, 65),
 ]
@@ -279,7 +279,7 @@ def test_forms(lib: driver.Library, form: str, dtype: torch.dtype, centered: boo
 
 @pytest.mark.parametrize("dtype", TWO)
 def test_ragged_sizes(lib: driver.Library, dtype: torch.dtype) -> None:
-    for view in RAGGED:
+    for view in RAGGED[:: 2 if dtype == torch.float32 else 1]:
         case = Case(norms.Norm(view), dtype)
         case.check_forward(lib)
         case.check_backward(lib)
@@ -317,9 +317,9 @@ def test_frozen_statistics(lib: driver.Library, form: str) -> None:
         (3, 40, 5, 1, 1, 17),
         (2, 700, 24, 1, 1, 1),
         (4, 9, 3, 49, 49, 2),
-        (2, 60, 11, 275, 275, 33),
+        (2, 20, 11, 275, 275, 9),
         (3, 4, 2, 700, 700, 1),
-        (2, 2, 1, 20000, 20000, 1),
+        (2, 2, 1, 16500, 16500, 1),
     ],
     ids=str,
 )
@@ -371,7 +371,7 @@ def test_orders_give_the_same_bits(lib: driver.Library, form: str) -> None:
 @pytest.mark.parametrize(
     "view",
     [
-        *(group_nhwc(3, p, g, c) for p, g, c in ((16, 4, 6), (1024, 8, 10), (331, 3, 5))),
+        *(group_nhwc(3, p, g, c) for p, g, c in ((16, 4, 6), (230, 8, 10), (331, 3, 5))),
         pixel_nchw(3, 65, 49),
         pixel_nchw(3, 96, 64),
     ],
@@ -439,7 +439,7 @@ def test_equal_elements_have_no_variance(lib: driver.Library, form: str) -> None
 
 @pytest.mark.parametrize("max_shared", [20 * 1024, 48 * 1024, 227 * 1024])
 def test_pixels_without_room(lib: driver.Library, max_shared: int) -> None:
-    for channels in (96, 2100):
+    for channels in (96, 1300):
         norm = norms.Norm(pixel_nchw(1, channels, 40), max_shared=max_shared, activation="gelu")
         case = Case(norm, torch.float32, residual=True)
         case.check_forward(lib)
@@ -447,9 +447,8 @@ def test_pixels_without_room(lib: driver.Library, max_shared: int) -> None:
 
 
 def test_many_samples(lib: driver.Library) -> None:
-    case = Case(norms.Norm(group_nhwc(65540, 2, 1, 2)), torch.float32)
+    case = Case(norms.Norm(group_nhwc(65540, 2, 1, 1)), torch.float32)
     case.check_forward(lib)
-    case.check_backward(lib)
 
 
 def test_empty_input(lib: driver.Library) -> None:
@@ -474,10 +473,10 @@ def check_moved(lib: driver.Library, names: tuple[str, ...], expected: int) -> N
 # form -> reads and writes of the activation, forward and backward, in units of E b; frozen.
 BYTES = {
     batch_nhwc(32, 64): (3, 5, 3),
-    batch_nhwc(600, 64): (3, 5, 3),
+    batch_nhwc(300, 64): (3, 5, 3),
     batch_nchw(8, 4, 784): (3, 5, 3),
-    group_nhwc(1, 600, 8, 8): (3, 5, 3),
-    pixel_nchw(1, 768, 64): (2, 3, 3),
+    group_nhwc(1, 300, 8, 8): (3, 5, 3),
+    pixel_nchw(1, 768, 32): (2, 3, 3),
 }
 
 
