@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import functools
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -26,8 +27,12 @@ TERMS = 60.0
 
 
 @pytest.fixture(scope="module")
-def lib() -> driver.Library:
-    return driver.library("column_norm")
+def lib() -> Iterator[driver.Library]:
+    # The emulator has one thread, and waking others for small references costs more than they do.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield driver.library("column_norm")
+    torch.set_num_threads(threads)
 
 
 def batch_nhwc(rows: int, channels: int) -> norms.View:
