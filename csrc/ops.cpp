@@ -29,4 +29,8 @@ TORCH_LIBRARY(fastnorm, m) {
       "Tensor? mean, Tensor var, Tensor? seed, SymInt[] view, int statistic, float eps, "
       "float weight_offset, float dropout_p, bool[4] output_mask) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
+  // grads += l1 sign(params) + l2 params; returns (sum |params|, sum params^2), each 0 where its
+  // strength is. The one operator that changes its arguments, as optimizers do.
+  m.def(
+      "add_penalty_grad_(Tensor(a!)[] grads, Tensor[] params, float l1, float l2) -> Tensor");
 }

@@ -194,6 +194,10 @@ class Rule:
         else:
             torch._foreach_add_(grads, slopes, alpha=scale)
 
+    def slopes(self) -> tuple[float, float] | None:
+        """(a, b) when Ω = a Σ|w| + b/2 Σw², which one pass over w can apply."""
+        return None
+
     def prox(self, d: Tensor, step: float) -> Tensor:
         """argmin_v Ω(v) + ‖v − d‖² / (2 step)."""
         return d
@@ -246,6 +250,9 @@ class L1(Rule):
         torch._foreach_mul_(signs, self.lam)
         return list(signs)
 
+    def slopes(self) -> tuple[float, float]:
+        return self.lam, 0.0
+
     def prox(self, d: Tensor, step: float) -> Tensor:
         return nn.functional.softshrink(d, step * self.lam)
 
@@ -289,6 +296,9 @@ class L2(Rule):
             super().add_gradients_(grads, ds, scale)
         else:
             torch._foreach_add_(grads, list(ds), alpha=self.slope * scale)
+
+    def slopes(self) -> tuple[float, float]:
+        return 0.0, self.slope
 
     def prox(self, d: Tensor, step: float) -> Tensor:
         return d / (1 + step * self.slope)
@@ -349,6 +359,9 @@ class L1L2(Rule):
         for more in rest:
             torch._foreach_add_(first, more)
         return first
+
+    def slopes(self) -> tuple[float, float]:
+        return self.l1, self.l2 if self.half else 2 * self.l2
 
     def prox(self, d: Tensor, step: float) -> Tensor:
         # Soft threshold, then shrink: in this order it is the proximal step of the sum.

@@ -46,6 +46,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastnorm import _ops
 from fastnorm._parameters import RuleKey, assign, key_text, left_out_by, parameters, table
 from fastnorm._rules import (
     L1,
@@ -441,9 +442,11 @@ class Regularizer:
             for part in _alike(ready):
                 grads = [bound.param.grad for bound in part if bound.param.grad is not None]
                 ds = _differences(part)
-                rule.add_gradients_(grads, ds, scale)
+                added = _add_in_one_pass(rule, grads, ds, scale)
+                if added is None:
+                    rule.add_gradients_(grads, ds, scale)
                 if value:
-                    values.append(rule.penalty(ds))
+                    values.append(rule.penalty(ds) if added is None else added)
             if value and passed:
                 values.append(rule.penalty(_differences(passed)))
         if values:
@@ -500,6 +503,25 @@ def _differences(bounds: Iterable[_Bound]) -> list[Tensor]:
         reference = bound.reference_here()
         ds.append(bound.param if reference is None else bound.param - reference)
     return ds
+
+
+def _add_in_one_pass(
+    rule: Rule, grads: list[Tensor], ds: list[Tensor], scale: float | Tensor
+) -> Tensor | None:
+    """Gradient and value by the CPU kernel; None where it does not apply."""
+    slopes = rule.slopes()
+    if slopes is None or isinstance(scale, Tensor) or ds[0].device.type != "cpu":
+        return None
+    for grad, d in zip(grads, ds, strict=True):
+        same = grad.dtype == d.dtype and grad.stride() == d.stride()
+        if not (same and torch.ops.aten.is_non_overlapping_and_dense(d)):
+            return None
+    if torch.compiler.is_compiling() or not _ops.use_kernel(ds[0], *ds[1:], *grads):
+        return None
+    l1, l2 = slopes
+    sums = torch.ops.fastnorm.add_penalty_grad_(grads, ds, l1 * scale, l2 * scale)
+    # With scale 0 nothing was summed.
+    return rule.penalty(ds) if scale == 0 else l1 * sums[0] + l2 / 2 * sums[1]
 
 
 def _reference(rule: Rule, names: list[str], param: Tensor) -> Tensor | None:
