@@ -31,6 +31,5 @@ TORCH_LIBRARY(fastnorm, m) {
       "-> (Tensor, Tensor, Tensor, Tensor)");
   // grads += l1 sign(params) + l2 params; returns (sum |params|, sum params^2), each 0 where its
   // strength is. The one operator that changes its arguments, as optimizers do.
-  m.def(
-      "add_penalty_grad_(Tensor(a!)[] grads, Tensor[] params, float l1, float l2) -> Tensor");
+  m.def("add_penalty_grad_(Tensor(a!)[] grads, Tensor[] params, float l1, float l2) -> Tensor");
 }
