@@ -21,6 +21,9 @@ namespace {
 // 64 KB of float: the second loop of a block finds it in L2.
 constexpr int64_t kPenaltyBlock = 16384;
 
+// Summed in the accumulation type; longer sums are taken in double.
+constexpr int64_t kSumStretch = 1024;
+
 template <typename A>
 Wide<A> sign(Wide<A> x) {
   using Vec = typename Wide<A>::Vec;
@@ -67,7 +70,7 @@ at::Tensor add_penalty_grad_(at::TensorList grads, at::TensorList params, double
   visit_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
-    std::vector<A> parts(2 * blocks.size());
+    std::vector<double> parts(2 * blocks.size());
     const int64_t count = static_cast<int64_t>(blocks.size());
     at::parallel_for(0, count, 2, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
@@ -76,17 +79,20 @@ at::Tensor add_penalty_grad_(at::TensorList grads, at::TensorList params, double
         T* grad = grads[block.tensor].mutable_data_ptr<T>() + block.first;
         add_gradient(w, grad, block.count, static_cast<A>(l1), static_cast<A>(l2));
         // The block is in cache now. A sum that the penalty lacks is not taken.
-        if (l1 != 0) {
-          parts[2 * b] = wide_sum<A>(block.count, [&](auto tag, int64_t i) {
-            const auto x = load(tag, w + i);
-            return x * sign(x);
-          });
-        }
-        if (l2 != 0) {
-          parts[2 * b + 1] = wide_sum<A>(block.count, [&](auto tag, int64_t i) {
-            const auto x = load(tag, w + i);
-            return x * x;
-          });
+        for (int64_t at = 0; at < block.count; at += kSumStretch) {
+          const int64_t n = std::min(kSumStretch, block.count - at);
+          if (l1 != 0) {
+            parts[2 * b] += wide_sum<A>(n, [&](auto tag, int64_t i) {
+              const auto x = load(tag, w + at + i);
+              return x * sign(x);
+            });
+          }
+          if (l2 != 0) {
+            parts[2 * b + 1] += wide_sum<A>(n, [&](auto tag, int64_t i) {
+              const auto x = load(tag, w + at + i);
+              return x * x;
+            });
+          }
         }
       }
     });

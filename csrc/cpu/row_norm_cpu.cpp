@@ -39,8 +39,8 @@ Moments<double> stretch_moments(const T* x, int64_t n) {
   const A shift = static_cast<A>(x[0]);
   const A sum = wide_sum<A>(n, [&](auto tag, int64_t i) { return load(tag, x + i) - shift; });
   const A center = shift + sum / static_cast<A>(n);
-  const auto [off, square] =
-      wide_sum_and_squares<A>(n, [&](auto tag, int64_t i) { return load(tag, x + i) - center; });
+  const auto [off, square] = wide_sum_and_dot<A>(
+      n, [&](auto tag, int64_t i, auto& d) { return d = load(tag, x + i) - center; });
   const double correction = static_cast<double>(off) / n;
   return {static_cast<double>(n), center + correction, std::max(0.0, square - off * correction)};
 }
@@ -270,8 +270,9 @@ void times_weight(const Row<T>& row, const acc_t<T>* d, int64_t first, int64_t n
   });
 }
 
-// Both passes with nothing around the norm and one parameter per column: no scratch.
-template <typename T>
+// Both passes with nothing around the norm and one parameter per column: no scratch. Which
+// parameters there are is known to the compiler: as branches in the loop they doubled its time.
+template <bool kWeight, bool kDweight, bool kDbias, typename T>
 void backward_row_plain(const NormBackward<T>& p, const Row<T>& row, int64_t at,
                         ChannelSums<acc_t<T>> sums) {
   using A = acc_t<T>;
@@ -279,36 +280,22 @@ void backward_row_plain(const NormBackward<T>& p, const Row<T>& row, int64_t at,
   const int64_t n = c.view.reduce_inner;
   const T *x = p.x + at, *dy = p.dy + at;
   const A mean = row.mean, rstd = row.rstd;
-  const A* w = row.weight ? row.weight + row.first_channel : nullptr;
-  A* dw = sums.dweight ? sums.dweight + row.first_channel : nullptr;
-  A* db = sums.dbias ? sums.dbias + row.first_channel : nullptr;
-  const auto gradient = [&](auto tag, int64_t i) {
-    const auto d = load(tag, dy + i);
-    return w ? d * load(tag, w + i) : d;
-  };
+  const A* w = kWeight ? row.weight + row.first_channel : nullptr;
+  A* dw = kDweight ? sums.dweight + row.first_channel : nullptr;
+  A* db = kDbias ? sums.dbias + row.first_channel : nullptr;
   BackwardSums<double> total;
   for_each_stretch(n, kStretch, [&](int64_t first, int64_t m) {
-    Wide<A> wide_g, wide_gx;
-    A g1 = 0, gx1 = 0;
-    const auto add = [](Wide<A>& wide, A& one, auto v) {
-      if constexpr (std::is_same_v<decltype(v), A>) {
-        one += v;
-      } else {
-        wide += v;
-      }
-    };
-    for_each_wide<A>(m, [&](auto tag, int64_t j) {
+    const auto [g, gx] = wide_sum_and_dot<A>(m, [&](auto tag, int64_t j, auto& xhat) {
       const int64_t i = first + j;
-      const auto xhat = (load(tag, x + i) - mean) * rstd;
-      const auto d = load(tag, dy + i);
-      if (dw) store(tag, dw + i, fmadd(d, xhat, load(tag, dw + i)));
-      if (db) store(tag, db + i, load(tag, db + i) + d);
-      const auto g = w ? d * load(tag, w + i) : d;
-      add(wide_g, g1, g);
-      add(wide_gx, gx1, g * xhat);
+      xhat = (load(tag, x + i) - mean) * rstd;
+      auto d = load(tag, dy + i);
+      if constexpr (kDweight) store(tag, dw + i, fmadd(d, xhat, load(tag, dw + i)));
+      if constexpr (kDbias) store(tag, db + i, load(tag, db + i) + d);
+      if constexpr (kWeight) d = d * load(tag, w + i);
+      return d;
     });
-    total.g += wide_g.sum() + g1;
-    total.gx += wide_gx.sum() + gx1;
+    total.g += g;
+    total.gx += gx;
   });
   if (!p.dx) return;
   const bool centered = c.statistic == Statistic::MeanVar;
@@ -316,8 +303,29 @@ void backward_row_plain(const NormBackward<T>& p, const Row<T>& row, int64_t at,
   const A mean_gx = c.frozen ? A(0) : static_cast<A>(total.gx / n);
   for_each_wide<A>(n, [&](auto tag, int64_t i) {
     const auto xhat = (load(tag, x + i) - mean) * rstd;
-    store(tag, p.dx + at + i, (gradient(tag, i) - mean_g - xhat * mean_gx) * rstd);
+    auto g = load(tag, dy + i);
+    if constexpr (kWeight) g = g * load(tag, w + i);
+    store(tag, p.dx + at + i, (g - mean_g - xhat * mean_gx) * rstd);
   });
+}
+
+// The plain form, where it exists for the gradients that are asked for.
+template <typename T>
+bool backward_row_if_plain(const NormBackward<T>& p, const Row<T>& row, int64_t at,
+                           ChannelSums<acc_t<T>> sums) {
+  if (row.view.inner != 1) return false;
+  if (row.weight && sums.dweight && sums.dbias) {
+    backward_row_plain<true, true, true>(p, row, at, sums);
+  } else if (row.weight && sums.dweight) {
+    backward_row_plain<true, true, false>(p, row, at, sums);
+  } else if (row.weight && !sums.dbias) {
+    backward_row_plain<true, false, false>(p, row, at, sums);
+  } else if (!row.weight && !sums.dweight && !sums.dbias) {
+    backward_row_plain<false, false, false>(p, row, at, sums);
+  } else {
+    return false;
+  }
+  return true;
 }
 
 template <typename T>
@@ -329,10 +337,7 @@ void backward_row(const NormBackward<T>& p, int64_t index, ChannelSums<acc_t<T>>
   const RowStats<T> stats{p.mean ? p.mean[index] : A(0), p.var[index]};
   const Row<T> row = make_row(c, index, stats, p.weight, p.bias);
   const bool epilogue = has_epilogue(c, p.residual) || c.prologue || p.dresidual;
-  if (!epilogue && c.view.inner == 1) {
-    backward_row_plain(p, row, at, sums);
-    return;
-  }
+  if (!epilogue && backward_row_if_plain(p, row, at, sums)) return;
   A xhat[kChunk], pre[kChunk], d[kChunk];
   scratch.resize(n);  // g of the whole row: an activation's derivative is not worth doing twice
   BackwardSums<double> total;
@@ -368,9 +373,9 @@ void backward_row(const NormBackward<T>& p, int64_t index, ChannelSums<acc_t<T>>
 }
 
 // Blocks of rows whose channel sums are kept apart: enough for many threads, few enough that the
-// partial sums stay small beside the rows (at most 8 %).
+// partial sums stay small beside the rows.
 int64_t row_blocks(int64_t rows) {
-  return std::clamp<int64_t>(rows / 8, std::min<int64_t>(rows, 4), 64);
+  return std::clamp<int64_t>(rows / 32, std::min<int64_t>(rows, 4), 64);
 }
 
 // out[c] = sum over blocks, in order, of partial[block][c]
