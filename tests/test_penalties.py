@@ -900,7 +900,10 @@ def test_under_autocast_the_sum_stays_in_float32() -> None:
         added = reg.add_grads_()
     assert value.dtype == torch.float32
     assert_equal(value, expected, 0)
-    torch.testing.assert_close(added, expected.detach())
+    # The kernel and torch sum in different orders: neither is further off than float32 allows.
+    exact = Regularizer(copy.deepcopy(model).double(), L1L2(0.1, 0.1))().item()
+    spread = abs(expected.item() - exact) + exact * 2.0**-23
+    assert abs(added.item() - exact) <= spread
 
 
 def test_gradient_accumulation_adds_the_penalty_once() -> None:
