@@ -465,10 +465,12 @@ py::object eager_dropout(const py::handle& input, const py::handle& probability,
     return py::none();
   }
   at::Tensor y;
+  bool understood = false;
   {
     py::gil_scoped_release release;
     if (!x.is_non_overlapping_and_dense()) x = x.contiguous();
     const auto view = mask_view(x, drops ? shared : 0);
+    understood = view.has_value();
     if (view) {
       const DropoutCall call{*view, activation, p, kind};
       const OptionalTensor seed = drops ? OptionalTensor(draw_seed(x, source)) : std::nullopt;
@@ -480,6 +482,7 @@ py::object eager_dropout(const py::handle& input, const py::handle& probability,
       }
     }
   }
+  if (!understood) return py::none();
   if (y.defined()) return py::reinterpret_steal<py::object>(THPVariable_Wrap(y));
   if (*overwrite) return py::reinterpret_borrow<py::object>(input);
   return py::none();

@@ -56,7 +56,7 @@ bool plain_tensor(PyObject* object, at::Tensor& out) {
   if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf && dtype != at::kDouble) {
     return false;
   }
-  if (t.requires_grad() && t._fw_grad(0).defined()) return false;
+  if (t._fw_grad(0).defined()) return false;
   if (t.is_cuda() && !cuda_is_loaded()) return false;
   out = t;
   return true;
@@ -77,9 +77,10 @@ int64_t normalized_numel(PyObject* shape, const at::Tensor& x, const at::Tensor&
   for (int64_t i = 0; i < dims; ++i) {
     PyObject* item = PyTuple_GET_ITEM(shape, i);
     if (!PyLong_CheckExact(item)) return -1;
-    const int64_t size = PyLong_AsLongLong(item);
-    if (size != x.size(offset + i) || (weight.defined() && weight.size(i) != size) ||
-        (bias.defined() && bias.size(i) != size)) {
+    int overflow = 0;
+    const int64_t size = PyLong_AsLongLongAndOverflow(item, &overflow);
+    if (overflow != 0 || size != x.size(offset + i) ||
+        (weight.defined() && weight.size(i) != size) || (bias.defined() && bias.size(i) != size)) {
       return -1;
     }
     n *= size;

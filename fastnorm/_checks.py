@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -68,7 +66,7 @@ def check_device(argument: str, value: Tensor, input: Tensor) -> None:
 def check_eps(eps: object) -> None:
     if not isinstance(eps, (int, float)):
         raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
-    if math.isnan(eps) or eps < 0:
+    if not eps >= 0:  # NaN too; math.isnan would break a graph with a symbolic eps
         raise ValueError(f"eps: expected a number >= 0, got {eps}")
 
 

@@ -122,6 +122,7 @@ def norm(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The norm operator with autograd: ``(y, mean, var)``. Inputs are dense and laid out alike."""
     if torch.compiler.is_compiling():
+        x, weight, bias, residual = distinct(x, weight, bias, residual)
         return NormFunction.apply(x, weight, bias, residual, mean, var, seed, call)
     assert _build.module is not None
     note(lambda: describe("norm", x, call.view))
@@ -138,11 +139,20 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """``sum = residual + dropout(x)`` and ``y = norm(sum)`` with autograd: ``(y, sum)``."""
     if torch.compiler.is_compiling():
+        x, residual, weight, bias = distinct(x, residual, weight, bias)
         y, total, *_ = AddNormFunction.apply(x, residual, weight, bias, seed, call)
         return y, total
     assert _build.module is not None
     note(lambda: describe("add_norm", x, call.view))
     return _build.module.add_norm(x, residual, weight, bias, seed, *call[:4], call.dropout_p)
+
+
+def distinct(*tensors: Any) -> list[Any]:
+    """The tensors, a repeated one as a view: Dynamo takes no tensor twice in a Function."""
+    out: list[Any] = []
+    for t in tensors:
+        out.append(t.view_as(t) if t is not None and any(t is other for other in out) else t)
+    return out
 
 
 def describe(name: str, x: Tensor, view: Sequence[int]) -> str:
@@ -271,6 +281,9 @@ def differentiable_vjp(
     this when a backward pass is recorded (``create_graph=True``).
     """
     with torch.enable_grad():
+        # Views, because one input may be computed from another (or be it): the gradient wanted here
+        # is that of each place in the formula, and the engine adds up the rest.
+        inputs = [None if t is None else t.view_as(t) for t in inputs]
         x, weight, bias = inputs[:3]
         assert x is not None
         residual = None if prologue else inputs[3]
@@ -316,7 +329,6 @@ def differentiable_vjp(
 _fakes_registered = False
 
 
-@torch.compiler.assume_constant_result
 def register_fakes() -> bool:
     """Load the kernels and describe their outputs to the compiler; False where there are none."""
     global _fakes_registered
@@ -327,6 +339,10 @@ def register_fakes() -> bool:
             torch.library.register_fake(f"fastnorm::{name}", fake)
         _fakes_registered = True
     return True
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo (1.5 s).
+register_fakes._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _statistic_like(x: Tensor, view: Sequence[int], wanted: bool) -> Tensor:

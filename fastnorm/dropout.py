@@ -154,6 +154,8 @@ def _reference_vjp(
     Called by the C++ node, and by `DropoutFunction`, when a backward pass is itself recorded.
     """
     with torch.enable_grad():
+        # Views: one may be computed from the other, and that path is the engine's to follow.
+        x, bias = x.view_as(x), None if bias is None else bias.view_as(bias)
         y = dropout_reference(x, bias, None, seed, p, activation=activation)
         inputs = (x, bias)
         sources = [t for t in inputs if t is not None and t.requires_grad]

@@ -242,6 +242,37 @@ class RowNormChecks:
         for a, e in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, e)
 
+    def test_recorded_gradients_are_the_plain_ones(self):
+        """With create_graph, also where inputs depend on one another or are one tensor."""
+        x = random_tensor(4, 8, dtype=torch.float64).requires_grad_()
+        w, b = (p if p is None else p.requires_grad_() for p in self.parameters(8, x.dtype))
+        norm = self.fused((8,), activation="gelu")
+        losses = {
+            "one weight twice": lambda: norm(norm(x, w, b).sin(), w, b),
+            "input from the residual": lambda: norm(x.sin(), w, b, x * 2),
+            "input as residual": lambda: norm(x, w, b, x),
+            "input from the weight": lambda: norm(x * w, w, b),
+            "add": lambda: sum(self.ours_add(x * w, x, (8,), w, b)),
+        }
+        sources = [t for t in (x, w, b) if t is not None]
+        for name, loss in losses.items():
+            plain = torch.autograd.grad(loss().pow(3).sum(), sources)
+            recorded = torch.autograd.grad(loss().pow(3).sum(), sources, create_graph=True)
+            for p, r in zip(plain, recorded, strict=True):
+                torch.testing.assert_close(r, p, msg=lambda text, name=name: f"{name}: {text}")
+
+    def test_forward_mode(self):
+        import torch.autograd.forward_ad as forward_ad
+
+        x, t = random_tensor(2, 4, 8, dtype=torch.float64).unbind()
+        w, b = self.parameters(8, x.dtype)
+        _, expected = torch.func.jvp(lambda x: self.theirs(x, (8,), w, b), (x,), (t,))
+        for wanted in (False, True):
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(x.clone().requires_grad_(wanted), t)
+                tangent = forward_ad.unpack_dual(self.ours(dual, (8,), w, b)).tangent
+                torch.testing.assert_close(tangent.detach(), expected, rtol=1e-4, atol=1e-4)
+
     def test_third_derivative(self):
         x = random_tensor(2, 4, dtype=torch.float64).requires_grad_()
         w, b = self.parameters(4, x.dtype)
@@ -350,6 +381,7 @@ class RowNormChecks:
                 r"normalized_shape: expected an input of shape \[\*, 4",
             ),
             (dict(shape=()), RuntimeError, "normalized_shape"),
+            (dict(shape=(2**70,)), RuntimeError, "normalized_shape"),
             (dict(shape=2.5), TypeError, "normalized_shape: expected an int or a sequence"),
             (dict(weight=torch.ones(4)), RuntimeError, r"weight: expected shape \[5\], got \[4\]"),
             (dict(weight=torch.ones(5).double()), TypeError, "weight.*float64.*float32"),
@@ -428,3 +460,31 @@ class RowNormChecks:
             e = run_with_gradients(fused, [x, w, b, r], [g])
             for got, want in zip(a, e, strict=True):
                 assert got is None or torch.allclose(got, want, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("backend", ["auto", "kernel"])
+    def test_compiles_with_dynamic_shapes_and_repeated_tensors(self, backend):
+        _build.use_backend(backend)
+        torch._dynamo.reset()
+        w, _ = self.parameters(8, torch.float32)
+
+        def run(x):
+            y, total = self.ours_add(x, x, (8,), w, w if self.has_bias else None)
+            return self.ours(y, (8,), w, None, 1e-5, residual=y) + total
+
+        compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+        for rows in (3, 6):
+            x = random_tensor(rows, 8).requires_grad_()
+            torch.testing.assert_close(compiled(x), run(x))
+            compiled(x).sum().backward()
+
+    def test_one_mask_for_kernel_and_reference(self):
+        for dim in (0, 1, 2, 3, -1):
+            x = random_tensor(2, 3, 4, 5).to(memory_format=torch.channels_last)
+            shape = (x.shape[dim],)
+            kept = []
+            for backend in ("kernel", "reference"):
+                with _build.use_backend(backend):
+                    seed = torch.Generator().manual_seed(1)
+                    y = self.ours(x, shape, dim=dim, dropout_p=0.5, generator=seed)
+                    kept.append(y != 0)
+            assert torch.equal(*kept)

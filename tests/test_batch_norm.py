@@ -417,7 +417,7 @@ def test_vmap_names_the_way_out():
 
 
 GAN = """
-    import sys, torch, torch.distributed as dist, fastnorm
+    import os, sys, torch, torch.distributed as dist, fastnorm
     from torch import nn
     torch.set_num_threads(1)
     rank, path = int(sys.argv[1]), sys.argv[2]
@@ -433,7 +433,10 @@ GAN = """
             real, fake = torch.randn(2, 2, 3, 8, 8)
             loss = critic(fake).mean() - critic(real).mean()
             loss.backward()
+    dist.barrier()
     dist.destroy_process_group()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads can abort an ordinary exit
 """
 
 

@@ -883,3 +883,24 @@ class TestCuda:
             masks.append((y != 0).clone())
             assert torch.equal(masks[-1], x.grad != 0)
         assert not torch.equal(*masks)
+
+
+def test_shared_dimensions_apart_in_memory_are_dropped_in_place():
+    x = torch.ones(40, 5, 6)
+    y = fastnorm.Dropout(0.5, inplace=True, shared_dims=(0, 2))(x)
+    assert y is x
+    assert (x == 0).any(), "nothing was dropped"
+    assert torch.equal(x, x[:1, :, :1].expand_as(x))
+
+
+def test_recorded_gradients_are_the_plain_ones():
+    x = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(8, dtype=torch.float64, requires_grad=True)
+
+    def loss():
+        return fastnorm.dropout(x * b, 0.0, activation="gelu", bias=b).pow(3).sum()
+
+    plain = torch.autograd.grad(loss(), (x, b))
+    recorded = torch.autograd.grad(loss(), (x, b), create_graph=True)
+    for p, r in zip(plain, recorded, strict=True):
+        torch.testing.assert_close(r, p)
