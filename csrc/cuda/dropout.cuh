@@ -134,7 +134,7 @@ FASTNORM_DEVICE void dropout_pack(const DropoutPass<T>& p, int64_t i) {
 constexpr int kDropoutThreads = 256;
 
 template <typename T, int n>
-__global__ void __launch_bounds__(kDropoutThreads) dropout_kernel(DropoutPass<T> p) {
+__global__ void __launch_bounds__(kDropoutThreads, 1) dropout_kernel(DropoutPass<T> p) {
   const int64_t numel = p.config.view.numel();
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * kDropoutThreads + threadIdx.x) * n;
   if (i + n <= numel) return dropout_pack<n>(p, i);
