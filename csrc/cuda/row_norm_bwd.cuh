@@ -282,8 +282,9 @@ __global__ __launch_bounds__(kBackwardThreads) void row_norm_bwd_kernel(NormBack
 
 // Rows of any length: two reads, and the block's partial row in memory.
 template <typename T, int width>
-__global__ __launch_bounds__(kBackwardThreads, 1) void row_norm_bwd_streaming_kernel(
-    NormBackward<T> p, BackwardShape shape) {
+__global__ __launch_bounds__(kBackwardThreads,
+                             1) void row_norm_bwd_streaming_kernel(NormBackward<T> p,
+                                                                   BackwardShape shape) {
   using A = Accumulate<T>;
   const int64_t size = p.config.view.reduce_inner, packs = size / width;
   A* scratch = reinterpret_cast<A*>(dynamic_shared());
