@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastnorm import _ops, _philox, _reference
+from fastnorm import _ops, _reference
 from fastnorm._checks import check_device
 from fastnorm._layers import dense as dense_parameter
 from fastnorm._ops import NormCall, View
@@ -162,7 +162,8 @@ def reference(
         counts.append(count)
     pre = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).reshape(x.shape)
 
-    keep, scale = keep_like(x, seed, call.dropout_p)
+    ordered, last = make_dense(x)
+    keep, scale = _reference.keep_like(x, ordered if last else None, seed, call.dropout_p)
     padded = None if mask is None else mask.unsqueeze(1)
     if residual is not None and padded is not None:
         residual = torch.where(padded, residual, 0.0)
@@ -187,15 +188,6 @@ def masked_statistics(
     mean = x.sum(dims, keepdim=True) / some
     var = torch.where(ok, x - mean, 0.0).square().sum(dims, keepdim=True) / some
     return mean, torch.where(count > 0, var, 1.0)
-
-
-def keep_like(x: Tensor, seed: Tensor | None, p: float) -> tuple[Tensor | None, float]:
-    """Dropout's mask in the shape of `x`, by position in the memory order that `norm` uses."""
-    if seed is None:
-        return None, 1.0
-    keep = _philox.keep_mask(x.numel(), seed, p)
-    dense, last = make_dense(x)
-    return (_reference.unflatten(keep, dense) if last else keep.view(x.shape)), _philox.scale(p)
 
 
 def read_mask(

@@ -95,17 +95,9 @@ def reference(
     pre = _reference.normalize(
         wide, mean, var, weight, bias, eps=call.eps, weight_offset=call.weight_offset
     )
-    keep, scale = keep_like(x, dim, seed, call.dropout_p)
+    ordered = x if dim == 1 and channels_last(x) and not x.is_contiguous() else None
+    keep, scale = _reference.keep_like(x, ordered, seed, call.dropout_p)
     return _reference.finish(pre, residual, call.activation, keep, scale).to(x.dtype)
-
-
-def keep_like(x: Tensor, dim: int, seed: Tensor | None, p: float) -> tuple[Tensor | None, float]:
-    """Dropout's mask in the shape of `x`, by position in the order of `view_of`, and the scale."""
-    if seed is None:
-        return None, 1.0
-    keep = _philox.keep_mask(x.numel(), seed, p)
-    dense = dim == 1 and channels_last(x) and not x.is_contiguous()
-    return (_reference.unflatten(keep, x) if dense else keep.view(x.shape)), _philox.scale(p)
 
 
 def draw(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastnorm import _philox
 from fastnorm.epilogue import FUNCTIONS
 
 MEAN_VAR, MEAN_SQUARE = 0, 1
@@ -62,6 +63,20 @@ def finish(
 def drop(x: Tensor, keep: Tensor | None, scale: float) -> Tensor:
     """x * scale where `keep`, otherwise +0 (also for infinities and NaN)."""
     return x if keep is None else torch.where(keep, x * scale, 0.0)
+
+
+def keep_like(
+    x: Tensor, ordered: Tensor | None, seed: Tensor | None, p: float
+) -> tuple[Tensor | None, float]:
+    """Dropout's mask in the shape of `x`, and the scale of what is kept.
+
+    Elements are counted in the memory order of `ordered`, or as if `x` were contiguous.
+    """
+    if seed is None:
+        return None, 1.0
+    keep = _philox.keep_mask(x.numel(), seed, p)
+    keep = keep.view(x.shape) if ordered is None else unflatten(keep, ordered)
+    return keep, _philox.scale(p)
 
 
 def memory_order(x: Tensor) -> list[int]:
