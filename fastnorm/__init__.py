@@ -60,6 +60,7 @@ from fastnorm.penalties import (
 from fastnorm.rms_norm import AddRMSNorm, RMSNorm, add_rms_norm, rms_norm
 from fastnorm.status import status
 from fastnorm.stopping import EarlyStopping, GapReport, LRFindResult, lr_find, overfitting_gap
+from fastnorm.sync_batch_norm import SyncBatchNorm
 from fastnorm.transforms import StandardScaler
 
 __version__ = "0.1.0"
@@ -106,6 +107,7 @@ __all__ = [
     "RunningBatchNorm2d",
     "StandardScaler",
     "StochasticDepth",
+    "SyncBatchNorm",
     "activations",
     "add_layer_norm",
     "add_rms_norm",

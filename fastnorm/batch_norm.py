@@ -9,12 +9,14 @@ mode, with running averages of them. The running variance is the average of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from fastnorm import _build, _channels, _layers, _reference, _running
+from fastnorm._channels import Normed
 from fastnorm._checks import check_eps, check_input, check_parameter, check_residual
 from fastnorm._ops import NormCall
 from fastnorm._reference import MEAN_VAR
@@ -209,11 +211,13 @@ def normalize(
     lengths: Tensor | Sequence[int] | None = None,
     tracked: Tensor | None = None,
     skipped: Tensor | None = None,
+    synced: Callable[..., Normed] | None = None,
 ) -> Tensor:
     """Everything that the eager entry leaves: validation, layout, choice of implementation.
 
     What to normalize with (`batch_statistics`), whether the running statistics move (`update`) and
-    whether dropout drops (`training`) are separate here.
+    whether dropout drops (`training`) are separate here. `synced` takes the place of
+    `_channels.norm` where other processes have a part of the batch.
     """
     check_input(input)
     axis = check_channels(input, channel_dim)
@@ -233,7 +237,7 @@ def normalize(
             raise ValueError(f"virtual_batch_size: expected at least 1, got {virtual_batch_size}")
         if batch_statistics and virtual_batch_size < x.shape[0]:
             chunk = virtual_batch_size
-    if batch_statistics:
+    if batch_statistics and synced is None:
         check_values(x, chunk)
     check_eps(eps)
     if batch_statistics and eps <= 0:
@@ -248,7 +252,7 @@ def normalize(
     code = activation_code(activation)
     valid = _channels.read_mask(mask, lengths, x)
     one_left = valid is not None and _channels.is_readable(valid) and int(valid.sum()) == 1
-    if batch_statistics and one_left:
+    if batch_statistics and one_left and synced is None:
         raise ValueError(
             "mask: Expected more than 1 value per channel when training, got a mask with 1 "
             f"valid position for input size {input.shape}"
@@ -262,13 +266,14 @@ def normalize(
     if not batch_statistics:
         assert running_mean is not None and running_var is not None
         frozen = _running.frozen_statistics(running_mean, running_var, x, weight, bias, residual)
-    out = _channels.norm(x, 0, weight, bias, residual, frozen, seed, call, chunk=chunk, mask=valid)
-    if update and input.numel() > 0:
+    norm = synced or _channels.norm
+    out = norm(x, 0, weight, bias, residual, frozen, seed, call, chunk=chunk, mask=valid)
+    if update and (synced is not None or input.numel() > 0):
         assert running_mean is not None and running_var is not None
         if frozen is not None:
             with torch.no_grad():
                 plain = NormCall((0,) * 6, MEAN_VAR, 1.0)
-                measured = _channels.norm(x, 0, None, None, None, None, None, plain, mask=valid)
+                measured = norm(x, 0, None, None, None, None, None, plain, mask=valid)
         else:
             measured = out
         assert measured.mean is not None and measured.var is not None
@@ -373,6 +378,22 @@ class _BatchNorm(RunningStatistics, torch.nn.modules.batchnorm._BatchNorm):
             tracked=tracked,
             skipped=skipped,
         )
+
+    def named_children(self) -> Iterator[tuple[str, torch.nn.Module]]:
+        # torch's converter copies what torch's layer has and asks for the children last. Nothing
+        # else in it can tell it that the rest would be lost.
+        converter = torch.nn.SyncBatchNorm.convert_sync_batchnorm.__func__.__code__  # type: ignore[attr-defined]
+        if sys._getframe(1).f_code is converter and (lost := self._beyond_torch()):
+            raise RuntimeError(
+                f"module: expected batch norms of torch's own kind, got {type(self).__name__} with "
+                f"{lost}, which torch.nn.SyncBatchNorm would lose; use "
+                "fastnorm.SyncBatchNorm.convert_sync_batchnorm"
+            )
+        return super().named_children()
+
+    def _beyond_torch(self) -> str:
+        """What this layer does and torch's does not."""
+        return _running.extra_repr(self).removeprefix(", ")
 
     def extra_repr(self) -> str:
         return super().extra_repr() + _running.extra_repr(self)
@@ -557,6 +578,9 @@ class _RunningBatchNorm(_BatchNorm):
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
         return y
+
+    def _beyond_torch(self) -> str:
+        return "statistics of several batches"
 
     def _clamp(self, var: Tensor, samples: Tensor) -> Tensor:
         """The variance is not believed to be small before enough samples were seen."""
