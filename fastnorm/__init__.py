@@ -10,6 +10,7 @@ from fastnorm.batch_norm import (
     RunningBatchNorm2d,
     batch_norm,
 )
+from fastnorm.convert import replace, restore
 from fastnorm.diagnostics import (
     ActivationStats,
     Advice,
@@ -134,6 +135,8 @@ __all__ = [
     "overfitting_gap",
     "param_groups_weight_decay",
     "remove_redundant_bias_",
+    "replace",
+    "restore",
     "rms_norm",
     "shrinkage_factors",
     "smooth_labels",
