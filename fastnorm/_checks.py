@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -66,8 +68,8 @@ def check_device(argument: str, value: Tensor, input: Tensor) -> None:
 def check_eps(eps: object) -> None:
     if not isinstance(eps, (int, float)):
         raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
-    if not eps >= 0:  # NaN too; math.isnan would break a graph with a symbolic eps
-        raise ValueError(f"eps: expected a number >= 0, got {eps}")
+    if not -math.inf < eps < math.inf:  # math.isfinite would break a graph with a symbolic eps
+        raise ValueError(f"eps: expected a finite number, got {eps}")
 
 
 def check_probability(argument: str, p: object) -> None:

@@ -220,6 +220,8 @@ def normalize(
     `_channels.norm` where other processes have a part of the batch.
     """
     check_input(input)
+    if input.shape == (0,):  # torch takes it for an empty batch
+        return input.clone()
     axis = check_channels(input, channel_dim)
     check_residual(residual, input)
     x = input if axis == 1 else input.movedim(axis, 1)
@@ -240,8 +242,9 @@ def normalize(
     if batch_statistics and synced is None:
         check_values(x, chunk)
     check_eps(eps)
-    if batch_statistics and eps <= 0:
-        raise ValueError(f"eps: expected a positive number when training, got {eps}")
+    if eps < 0 or (batch_statistics and eps == 0):
+        least = "a positive number when training" if batch_statistics else "a number >= 0"
+        raise ValueError(f"eps: expected {least}, got {eps}")
     check_parameter("weight", weight, (channels,), x)
     check_parameter("bias", bias, (channels,), x)
     _running.check_running(running_mean, running_var, channels, x)

@@ -279,16 +279,17 @@ def _general(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Everything that the eager entry leaves: checks, layout, choice of implementation."""
-    check_input(input)
     check_probability("p", p)
     code = activation_code(activation)
+    drops = training and p > 0.0
+    if not drops and not code and bias is None and residual is None and isinstance(input, Tensor):
+        check_generator(generator, input)
+        return input  # of any dtype, as torch does
+    check_input(input)
     if bias is not None:
         _check_operand("bias", bias, input.shape[-1:] if input.dim() else (1,), input)
     _check_operand("residual", residual, input.shape, input)
     check_generator(generator, input)
-    drops = training and p > 0.0
-    if not drops and not code and bias is None and residual is None:
-        return input
     if inplace:
         check_inplace(input)
         # The input is overwritten, but its old values are what an activation's gradient needs.
@@ -395,7 +396,8 @@ def dropout(
     and without any the result is `input` itself.
 
     Args:
-        input: any shape and strides; float32, float64, bfloat16 or float16.
+        input: any shape and strides; float32, float64, bfloat16 or float16 (anything where there is
+            nothing to do).
         p: probability of dropping, in [0, 1], in steps of 1/65536. 1 gives zeros and zero
             gradients.
         training: whether anything is dropped.
@@ -459,11 +461,11 @@ def _feature_dropout(
         return _call(function, input, p, training, inplace, generator=generator)
     if not isinstance(input, Tensor):
         raise TypeError(f"input: expected a tensor, got {type(input).__name__}")
-    if input.dim() < 2:
+    if input.dim() < 2 and training and p:
         raise RuntimeError(
             f"input: expected at least 2 dimensions (batch, channel), got {input.dim()}"
         )
-    shared = _feature_bits(input, unbatched)
+    shared = _feature_bits(input, unbatched) if input.dim() > 1 else 0
     return _shared_dropout(input, p, training, inplace, kind, shared, None, generator)
 
 
@@ -516,7 +518,7 @@ def dropout2d(
         A tensor of the input's shape, dtype and memory format.
 
     Raises:
-        RuntimeError: the input has fewer than 2 dimensions; else as `dropout`.
+        RuntimeError: something is to be dropped from fewer than 2 dimensions; else as `dropout`.
 
     Example:
         >>> y = fastnorm.dropout2d(torch.randn(8, 16, 32, 32), 0.2)
@@ -548,7 +550,7 @@ def dropout3d(
         A tensor of the input's shape, dtype and memory format.
 
     Raises:
-        RuntimeError: the input has fewer than 2 dimensions; else as `dropout`.
+        RuntimeError: something is to be dropped from fewer than 2 dimensions; else as `dropout`.
 
     Example:
         >>> y = fastnorm.dropout3d(torch.randn(2, 16, 8, 8, 8), 0.2)
@@ -613,7 +615,7 @@ def feature_alpha_dropout(
         A tensor of the input's shape, dtype and memory format.
 
     Raises:
-        RuntimeError: the input has fewer than 2 dimensions; else as `dropout`.
+        RuntimeError: something is to be dropped from fewer than 2 dimensions; else as `dropout`.
 
     Example:
         >>> y = fastnorm.feature_alpha_dropout(torch.randn(8, 16, 4, 4), 0.1, training=True)

@@ -74,8 +74,8 @@ def instance_norm(
 
     Raises:
         ValueError: one position, of any number of samples, with `use_input_stats`; another
-            activation, a negative `eps`, a `residual`, `mask` or `lengths` of another shape, or
-            `dropout_p` outside [0, 1].
+            activation, an `eps` that is not finite, a `residual`, `mask` or `lengths` of another
+            shape, or `dropout_p` outside [0, 1].
         RuntimeError: `weight`, `bias`, `running_mean` or `running_var` does not fit the channels,
             lies on another device, or is missing.
         TypeError: not a tensor, or a dtype that does not go with the input's.

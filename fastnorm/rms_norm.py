@@ -74,8 +74,8 @@ def rms_norm(
     Raises:
         RuntimeError: `normalized_shape` or `weight` does not fit the input, or lies on another
             device.
-        ValueError: another activation, a negative `eps`, a `residual` of another shape, or
-            `dropout_p` outside [0, 1].
+        ValueError: another activation, an `eps` that is not finite, a `residual` of another
+            shape, or `dropout_p` outside [0, 1].
         TypeError: not a tensor, or a dtype that does not go with the input's.
 
     Example:

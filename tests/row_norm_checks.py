@@ -405,7 +405,7 @@ class RowNormChecks:
                 "activation: expected one of .*'silu'.* got 'swish'",
             ),
             (dict(activation=3), ValueError, "activation"),
-            (dict(eps=-1e-5), ValueError, "eps: expected a number >= 0, got -1e-05"),
+            (dict(eps=float("inf")), ValueError, "eps: expected a finite number, got inf"),
             (dict(eps=float("nan")), ValueError, "eps"),
             (dict(eps="small"), TypeError, "eps: expected a number, got str"),
             (dict(residual=torch.ones(5)), ValueError, r"residual: .*\[3, 5\], got \[5\]"),
