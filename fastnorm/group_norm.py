@@ -64,8 +64,8 @@ def group_norm(
         (float64 for float64).
 
     Raises:
-        ValueError: one value per group; another activation, an `eps` that is not finite, a `residual`,
-            `mask` or `lengths` of another shape, or `dropout_p` outside [0, 1].
+        ValueError: one value per group; another activation, an `eps` that is not finite, a
+            `residual`, `mask` or `lengths` of another shape, or `dropout_p` outside [0, 1].
         RuntimeError: C is no multiple of `num_groups`, the input has fewer than two dimensions, or
             `weight` or `bias` does not fit the channels or lies on another device.
         TypeError: not a tensor, or a dtype that does not go with the input's.

@@ -1,8 +1,8 @@
 """Our functions and modules under the inputs that PyTorch tests its own with.
 
-`torch.testing._internal`, which ships in the wheel, has for every operator and module of torch sample
-inputs, dtypes and inputs that must fail. Ours must give what torch's give, within the budget of
-`fastnorm.testing`, and fail where they fail.
+`torch.testing._internal`, which ships in the wheel, has for every operator and module of torch
+sample inputs, dtypes and inputs that must fail. Ours must give what torch's give, within the budget
+of `fastnorm.testing`, and fail where they fail.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -155,7 +156,7 @@ def first_alike(kept: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("info", infos(DROPOUTS))
 def test_dropouts(info, dtype, kernels):
-    """Each element takes torch's two values, and shares its choice with those that share torch's."""
+    """Each element takes torch's two values, and shares its choice with those that do in torch."""
     ours, theirs = DROPOUTS[info.name]
     tolerance = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}.get(dtype, 2.0**-15)
     for sample in info.sample_inputs("cpu", dtype, requires_grad=True):
@@ -176,14 +177,15 @@ def test_dropouts(info, dtype, kernels):
             assert torch.equal(*(first_alike(gradient > 0) for _, gradient in (mine, peer)))
 
 
+@pytest.mark.filterwarnings("ignore:dropout2d:UserWarning")
 @pytest.mark.parametrize("info", infos(NORMS | DROPOUTS))
 def test_other_dtypes_fail(info):
     """Integers and complex numbers, except where dropout has nothing to drop."""
-    ours, theirs = (NORMS | DROPOUTS)[info.name]
+    ours, _ = (NORMS | DROPOUTS)[info.name]
     for dtype in (torch.int64, torch.bool, torch.complex64):
         sample = next(iter(info.sample_inputs("cpu", torch.float32)))
         args, kwargs = tree_map_only(
-            Tensor, lambda t: t.to(dtype), ((sample.input, *sample.args), sample.kwargs)
+            Tensor, partial(Tensor.to, dtype=dtype), ((sample.input, *sample.args), sample.kwargs)
         )
         if info.name in DROPOUTS:
             assert ours(args[0], training=False) is args[0]
