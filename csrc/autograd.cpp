@@ -12,22 +12,8 @@
 namespace fastnorm {
 namespace {
 
-using torch::autograd::Node;
-using torch::autograd::SavedVariable;
-using torch::autograd::variable_list;
 using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Three = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-
-// torch 2.13 counts references to a Node in the Node, earlier releases in a shared_ptr.
-template <typename N>
-auto make_node() {
-  using Pointer = decltype(torch::autograd::Edge::function);
-  if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>) {
-    return std::shared_ptr<N>(new N(), [](N* node) { deleteNode(node); });
-  } else {
-    return c10::make_intrusive<N>();
-  }
-}
 
 template <typename Signature>
 auto op(const char* name) {
@@ -82,12 +68,6 @@ Four call_add_norm_bwd(const OptionalTensor& dy, const OptionalTensor& dsum, con
   return handle.call(dy, dsum, sum, weight, mean, var, seed, c10::fromIntArrayRefUnchecked(c.view),
                      c.statistic, c.eps, c.weight_offset, c.dropout_p, mask);
 }
-
-OptionalTensor optional(at::Tensor t) {
-  return t.defined() ? OptionalTensor(std::move(t)) : std::nullopt;
-}
-
-at::Tensor value_or_undefined(const OptionalTensor& t) { return has(t) ? *t : at::Tensor(); }
 
 // The gradient of a parameter comes back flat.
 at::Tensor shaped_like(at::Tensor grad, const at::Tensor& parameter) {

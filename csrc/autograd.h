@@ -4,6 +4,8 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/saved_variable.h>
 
 #include <array>
 #include <tuple>
@@ -11,6 +13,27 @@
 #include "torch_utils.h"
 
 namespace fastnorm {
+
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+// torch 2.13 counts references to a Node in the Node, earlier releases in a shared_ptr.
+template <typename N>
+auto make_node() {
+  using Pointer = decltype(torch::autograd::Edge::function);
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>) {
+    return std::shared_ptr<N>(new N(), [](N* node) { deleteNode(node); });
+  } else {
+    return c10::make_intrusive<N>();
+  }
+}
+
+inline OptionalTensor optional(at::Tensor t) {
+  return t.defined() ? OptionalTensor(std::move(t)) : std::nullopt;
+}
+
+inline at::Tensor value_or_undefined(const OptionalTensor& t) { return has(t) ? *t : at::Tensor(); }
 
 struct NormCall {
   std::array<int64_t, 6> view;

@@ -18,6 +18,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "autograd.h"
 #include "cpu/dropout_cpu.h"
 #include "eager.h"
 #include "seed.h"
@@ -195,21 +196,6 @@ TORCH_LIBRARY_IMPL(fastnorm, Meta, m) {
 
 namespace {
 
-using torch::autograd::Node;
-using torch::autograd::SavedVariable;
-using torch::autograd::variable_list;
-
-// Some releases of torch hold nodes by shared_ptr, others by intrusive_ptr.
-template <typename N>
-auto make_node() {
-  using Pointer = decltype(torch::autograd::Edge::function);
-  if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>) {
-    return std::shared_ptr<N>(new N(), [](N* node) { deleteNode(node); });
-  } else {
-    return c10::make_intrusive<N>();
-  }
-}
-
 auto find_op(const char* name) {
   return c10::Dispatcher::singleton()
       .findSchemaOrThrow(name, "")
@@ -241,12 +227,6 @@ void call_inplace(const at::Tensor& x, const at::Tensor& seed, const DropoutCall
   at::AutoDispatchBelowADInplaceOrView guard;
   op.call(x, seed, c10::fromIntArrayRefUnchecked(call.view), call.p, call.kind);
 }
-
-OptionalTensor optional(at::Tensor t) {
-  return t.defined() ? OptionalTensor(std::move(t)) : std::nullopt;
-}
-
-at::Tensor value_or_undefined(const OptionalTensor& t) { return has(t) ? *t : at::Tensor(); }
 
 at::Tensor with_strides(const at::Tensor& t, at::IntArrayRef sizes, at::IntArrayRef strides) {
   if (t.strides() == strides) return t;

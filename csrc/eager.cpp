@@ -207,9 +207,3 @@ void register_norms(py::module_& m) {
 }
 
 }  // namespace fastnorm
-
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  fastnorm::register_norms(m);
-  fastnorm::register_channel_norms(m);
-  fastnorm::register_dropout(m);
-}

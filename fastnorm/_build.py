@@ -294,11 +294,10 @@ def _compile(plan: Plan, folder: Path, verbose: bool = False) -> None:
     """Compile `plan` into `folder`: the library and ``built.json``, its facts."""
     jobs = job_count()
     folder = folder.absolute()  # the compilers run in it
-    by_size = sorted(plan.sources, key=lambda path: -path.stat().st_size)
-    objects = {path.name: folder / f"{path.name}.o" for path in by_size}
+    objects = {path.name: folder / f"{path.name}.o" for path in plan.sources}
     compile_commands = {
         path.name: [*plan.compile, "-c", str(path), "-o", str(objects[path.name])]
-        for path in by_size
+        for path in plan.sources
     }
     library = folder / plan.library
     names = [str(path) for path in objects.values()]

@@ -1,9 +1,9 @@
 """What is compiled, by which compilers, with which flags: one `Plan` for each library.
 
-Two libraries are made from ``csrc``. ``cpu`` is the pybind11 module ``_C``: every ``csrc/*.cpp``
-and ``csrc/cpu/*.cpp``; loading it registers the operators ``torch.ops.fastnorm.*``. ``cuda`` is a
-plain shared library of ``csrc/cuda/*.cu`` that adds CUDA implementations to those operators, so a
-machine on which it cannot be built keeps the CPU kernels.
+Two libraries are made from ``csrc``. ``cpu`` is the pybind11 module ``_C``: ``csrc/module.cpp``,
+which includes its neighbours, and every ``csrc/cpu/*.cpp``; loading it registers the operators
+``torch.ops.fastnorm.*``. ``cuda`` is a plain shared library of ``csrc/cuda/*.cu`` that adds CUDA
+implementations to those operators, so a machine on which it cannot be built keeps the CPU kernels.
 """
 
 from __future__ import annotations
@@ -174,9 +174,11 @@ def cpu_plan(level: str | None = None, root: Path | None = None) -> Plan:
     """How the CPU kernels are compiled for `level` (default: this process's)."""
     level = cpu_level() if level is None else level
     root = SOURCES if root is None else root
-    sources = tuple(sorted([*root.glob("*.cpp"), *(root / "cpu").glob("*.cpp")]))
-    if not sources:
-        raise KernelUnavailable(f"no C++ sources in {root}; reinstall fastnorm")
+    module = root / "module.cpp"
+    if not module.exists():
+        raise KernelUnavailable(f"{module} is missing; reinstall fastnorm")
+    # The module takes longest, so it is compiled first.
+    sources = (module, *sorted((root / "cpu").glob("*.cpp"), key=lambda p: -p.stat().st_size))
     compiler, compiler_id = find_compiler()
     python_include = Path(sysconfig.get_path("include"))
     if not (python_include / "Python.h").exists():
@@ -382,7 +384,7 @@ def cuda_plan(root: Path | None = None) -> Plan:
             "device: export TORCH_CUDA_ARCH_LIST='8.0;9.0+PTX'"
         )
     check_coverage(architectures, "TORCH_CUDA_ARCH_LIST")
-    sources = tuple(sorted((root / "cuda").glob("*.cu")))
+    sources = tuple(sorted((root / "cuda").glob("*.cu"), key=lambda p: -p.stat().st_size))
     if not sources:
         raise KernelUnavailable(f"no CUDA sources in {root / 'cuda'}; reinstall fastnorm")
     nvcc, nvcc_version = find_nvcc()

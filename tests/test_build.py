@@ -117,7 +117,7 @@ def test_kernels_run_on_torchs_own_threads(fresh):
     """parallel_for in an extension is parallel, and torch.set_num_threads governs it."""
     if sys.platform != "linux" or "OpenMP" not in torch.__config__.parallel_info():
         pytest.skip("the kernels run on one thread here")
-    (_toolchain.SOURCES / "ops.cpp").write_text("""
+    (_toolchain.SOURCES / "module.cpp").write_text("""
 #include <Python.h>
 #include <ATen/Parallel.h>
 #include <mutex>
@@ -169,10 +169,10 @@ KEY_INGREDIENTS = {
     "flags": lambda m, root: m.setattr(_toolchain, "_STANDARD", "-std=c++23"),
     "level": lambda m, root: m.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT"),
     "OpenMP": lambda m, root: m.setattr(torch.__config__, "parallel_info", lambda: "native"),
-    "source byte": lambda m, root: (root / "ops.cpp").write_text(TINY + " "),
+    "source byte": lambda m, root: (root / "module.cpp").write_text(TINY + " "),
     "header byte": lambda m, root: (root / "common" / "answer.h").write_text("#define ANSWER 43"),
     "new source": lambda m, root: (root / "cpu" / "more.cpp").write_text(""),
-    "file name": lambda m, root: (root / "ops.cpp").rename(root / "ops2.cpp"),
+    "file name": lambda m, root: (root / "cpu" / "part.cpp").rename(root / "cpu" / "part2.cpp"),
 }
 
 
@@ -266,7 +266,7 @@ def test_eight_cold_processes_make_one_compile(fresh):
 
 def test_whoever_waited_for_a_failing_compile_does_not_repeat_it(fresh, monkeypatch):
     monkeypatch.setenv("CXX", str(slow_compiler(fresh)))
-    (_toolchain.SOURCES / "ops.cpp").write_text(TINY + "nonsense\n")
+    (_toolchain.SOURCES / "module.cpp").write_text(TINY + "nonsense\n")
     monkeypatch.setenv("MAX_JOBS", "1")
     plan = _toolchain.cpu_plan()
     reasons = []
@@ -767,7 +767,7 @@ def test_plain_install_is_a_pure_wheel_made_without_torch_and_compiler(project, 
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    for name in ("csrc/ops.cpp", "csrc/common/answer.h", "csrc/cuda/part.cu", "py.typed"):
+    for name in ("csrc/module.cpp", "csrc/common/answer.h", "csrc/cuda/part.cu", "py.typed"):
         assert f"fastnorm/{name}" in names
     assert not [name for name in names if "prebuilt" in name]
 

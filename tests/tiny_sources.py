@@ -23,7 +23,7 @@ def write_sources(root: Path) -> Path:
     (root / "cpu").mkdir()
     (root / "cuda").mkdir()
     (root / "common" / "answer.h").write_text("#define ANSWER 42\n")
-    (root / "ops.cpp").write_text(TINY)
+    (root / "module.cpp").write_text(TINY)
     (root / "cpu" / "part.cpp").write_text("int part() { return 1; }\n")
     (root / "cuda" / "part.cu").write_text("int cuda_part() { return 1; }\n")
     return root
