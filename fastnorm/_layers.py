@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastnorm import _ops, _philox, _reference
+from fastnorm import _dtensor, _ops, _philox, _reference
 from fastnorm._checks import (
     check_eps,
     check_input,
@@ -54,6 +54,10 @@ def check_normalized(input: Tensor, shape: tuple[int, ...], dim: int | None) -> 
             f"[{input.shape[dim]}], got {list(shape)}"
         )
     return -1 if dim == input.dim() - 1 else dim
+
+
+def normalized_dims(shape: tuple[int, ...], dim: int | None) -> Sequence[int]:
+    return range(-len(shape), 0) if dim is None else (dim,)
 
 
 def channels_last(x: Tensor) -> bool:
@@ -128,6 +132,16 @@ def layer(
     check_input(input)
     shape = normalized_tuple(normalized_shape)
     axis = check_normalized(input, shape, dim)
+    if _dtensor.is_dtensor(input):
+
+        def local(x: Tensor, r: Tensor | None, w: Tensor | None, b: Tensor | None) -> Tensor:
+            return layer(
+                x, shape, w, b, eps, statistic=statistic, weight_offset=weight_offset, dim=dim,
+                activation=activation, residual=r, dropout_p=dropout_p, training=training,
+                generator=generator,
+            )  # fmt: skip
+
+        return _dtensor.run(local, normalized_dims(shape, dim), input, residual, weight, bias)
     check_parameter("weight", weight, shape, input)
     check_parameter("bias", bias, shape, input)
     check_residual(residual, input)
@@ -166,6 +180,17 @@ def add_layer(
     check_normalized(input, shape, None)
     if residual is None:
         raise TypeError("residual: expected a tensor, got None")
+    if _dtensor.is_dtensor(input):
+
+        def local(
+            x: Tensor, r: Tensor, w: Tensor | None, b: Tensor | None
+        ) -> tuple[Tensor, Tensor]:
+            return add_layer(
+                x, r, shape, w, b, eps, statistic=statistic, weight_offset=weight_offset,
+                dropout_p=dropout_p, training=training, generator=generator,
+            )  # fmt: skip
+
+        return _dtensor.run(local, normalized_dims(shape, None), input, residual, weight, bias)
     check_residual(residual, input)
     check_parameter("weight", weight, shape, input)
     check_parameter("bias", bias, shape, input)

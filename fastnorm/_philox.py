@@ -6,6 +6,10 @@ a compiled graph and a recomputation under checkpointing drop the same elements.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -55,6 +59,19 @@ def keep_mask(numel: int, seed: Tensor, p: float) -> Tensor:
     return bits[:numel] < threshold(p)
 
 
+_part = threading.local()
+
+
+@contextmanager
+def part(index: int) -> Iterator[None]:
+    """Within it, seeds are drawn for part `index` of a tensor whose parts have one generator."""
+    _part.index = index
+    try:
+        yield
+    finally:
+        _part.index = 0
+
+
 def draw_seed(input: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """One random int64 on the input's device, from `generator` or the device's default one.
 
@@ -67,4 +84,6 @@ def draw_seed(input: Tensor, generator: torch.Generator | None = None) -> Tensor
         and (_build.module is not None or _build.load() is not None)
     ):
         return torch.ops.fastnorm.draw_seed(input, generator)
-    return torch.randint(2**63 - 1, (1,), device=input.device, generator=generator)
+    seed = torch.randint(2**63 - 1, (1,), device=input.device, generator=generator)
+    index = getattr(_part, "index", 0)
+    return seed ^ (index * 0x9E3779B97F4A7C15 % 2**63) if index else seed

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastnorm import _build, _channels, _layers, _reference, _running
+from fastnorm import _build, _channels, _dtensor, _layers, _reference, _running
 from fastnorm._channels import Normed
 from fastnorm._checks import check_eps, check_input, check_parameter, check_residual
 from fastnorm._ops import NormCall
@@ -83,6 +83,9 @@ def batch_norm(
         lengths: (N,) integers for an input with one dimension beside N and C: the first positions
             of each sample count. Takes the place of `mask`.
 
+    A DTensor may be sharded anywhere but in the channels, and with `training` nowhere: the
+    statistics of a part are not the batch's (see `SyncBatchNorm`).
+
     Returns:
         A tensor of the input's shape, dtype and memory format. Statistics and sums are float32
         (float64 for float64). An empty batch gives an empty result, zero gradients, and leaves the
@@ -90,7 +93,8 @@ def batch_norm(
 
     Raises:
         ValueError: one value per channel in training; another activation; a `residual`, `mask` or
-            `lengths` of another shape; an `eps` that is negative, or 0 in training.
+            `lengths` of another shape; an `eps` that is negative, or 0 in training; a DTensor
+            that is sharded elsewhere.
         RuntimeError: `weight`, `bias`, `running_mean` or `running_var` does not fit the channels,
             lies on another device, or is missing.
         TypeError: not a tensor, or a dtype that does not go with the input's.
@@ -224,6 +228,21 @@ def normalize(
         return input.clone()
     axis = check_channels(input, channel_dim)
     check_residual(residual, input)
+    if _dtensor.is_dtensor(input):
+        if mask is not None or lengths is not None:
+            raise NotImplementedError("mask, lengths: expected None with a DTensor input")
+        return _dtensor.run(
+            lambda x, r, w, b, mean, var, tracked, skipped: normalize(
+                x, mean, var, w, b, batch_statistics=batch_statistics, update=update,
+                training=training, momentum=momentum, eps=eps, activation=activation, residual=r,
+                dropout_p=dropout_p, generator=generator, channel_dim=channel_dim,
+                virtual_batch_size=virtual_batch_size, tracked=tracked, skipped=skipped,
+            ),
+            range(input.dim()) if batch_statistics or update else (axis,),
+            input, residual, weight, bias, running_mean, running_var, tracked, skipped,
+            names="weight, bias, running_mean, running_var, num_batches_tracked, "
+            "num_batches_skipped",
+        )  # fmt: skip
     x = input if axis == 1 else input.movedim(axis, 1)
     if residual is not None and axis != 1:
         residual = residual.movedim(axis, 1)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnorm import _build, _ops, _philox, _reference
+from fastnorm import _build, _dtensor, _ops, _philox, _reference
 from fastnorm._checks import check_device, check_input, check_probability
 from fastnorm._reference import accumulate_dtype
 from fastnorm.epilogue import ACTIVATION_CODES, FUNCTIONS, activation_code
@@ -286,6 +286,16 @@ def _general(
         check_generator(generator, input)
         return input  # of any dtype, as torch does
     check_input(input)
+    if _dtensor.is_dtensor(input):
+        if inplace or bias is not None:
+            raise NotImplementedError("inplace, bias: expected neither with a DTensor input")
+        return _dtensor.run(
+            lambda x, r: _general(
+                x, p, training, False, kind=kind, shared=shared, activation=activation,
+                residual=r, generator=generator,
+            ),
+            (), input, residual, shared=shared,
+        )  # fmt: skip
     if bias is not None:
         _check_operand("bias", bias, input.shape[-1:] if input.dim() else (1,), input)
     _check_operand("residual", residual, input.shape, input)

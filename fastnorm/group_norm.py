@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastnorm import _build, _channels, _layers
+from fastnorm import _build, _channels, _dtensor, _layers
 from fastnorm._checks import check_eps, check_input, check_parameter, check_residual
 from fastnorm._ops import NormCall
 from fastnorm._reference import MEAN_VAR
@@ -123,6 +123,16 @@ def group_norm(
             f"Expected more than 1 value per channel when training, got input size {input.shape} "
             f"with {num_groups} groups"
         )
+    if _dtensor.is_dtensor(input):
+        if mask is not None or lengths is not None:
+            raise NotImplementedError("mask, lengths: expected None with a DTensor input")
+        return _dtensor.run(
+            lambda x, r, w, b: group_norm(
+                x, num_groups, w, b, eps, activation=activation, residual=r, dropout_p=dropout_p,
+                training=training, generator=generator,
+            ),
+            range(1, input.dim()), input, residual, weight, bias,
+        )  # fmt: skip
     check_parameter("weight", weight, (channels,), input)
     check_parameter("bias", bias, (channels,), input)
     check_residual(residual, input)

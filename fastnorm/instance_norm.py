@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.instancenorm import _InstanceNorm as _TorchInstanceNorm
 
-from fastnorm import _build, _channels, _layers, _running
+from fastnorm import _build, _channels, _dtensor, _layers, _running
 from fastnorm._checks import check_eps, check_input, check_parameter, check_residual
 from fastnorm._ops import NormCall
 from fastnorm._reference import MEAN_VAR
@@ -139,6 +139,20 @@ def instance_norm(
             "running_mean: Expected running_mean and running_var to be defined when "
             "use_input_stats is false, got None"
         )
+    if _dtensor.is_dtensor(input):
+        if mask is not None or lengths is not None:
+            raise NotImplementedError("mask, lengths: expected None with a DTensor input")
+        # Running statistics are averages over the samples.
+        updates = use_input_stats and running_mean is not None
+        return _dtensor.run(
+            lambda x, r, w, b, mean, var: instance_norm(
+                x, mean, var, w, b, use_input_stats, momentum, eps, activation=activation,
+                residual=r, dropout_p=dropout_p, training=training, generator=generator,
+            ),
+            range(0 if updates else 1, input.dim() if use_input_stats else 2),
+            input, residual, weight, bias, running_mean, running_var,
+            names="weight, bias, running_mean, running_var",
+        )  # fmt: skip
     check_parameter("weight", weight, (channels,), input)
     check_parameter("bias", bias, (channels,), input)
     check_residual(residual, input)

@@ -6,10 +6,6 @@ import copy
 import io
 import itertools
 import pickle
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -414,48 +410,6 @@ def test_vmap_names_the_way_out():
     plain = fastnorm.BatchNorm1d(3, track_running_stats=False)
     x = torch.randn(2, 4, 3)
     torch.testing.assert_close(torch.func.vmap(plain)(x), torch.stack([plain(one) for one in x]))
-
-
-GAN = """
-    import os, sys, torch, torch.distributed as dist, fastnorm
-    from torch import nn
-    torch.set_num_threads(1)
-    rank, path = int(sys.argv[1]), sys.argv[2]
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    for mode in (True, False):
-        torch.manual_seed(0)
-        critic = nn.Sequential(
-            nn.Conv2d(3, 4, 3), fastnorm.BatchNorm2d(4, activation="leaky_relu"), nn.Conv2d(4, 1, 3)
-        ).train(mode)
-        critic = nn.parallel.DistributedDataParallel(critic, broadcast_buffers=True)
-        torch.manual_seed(rank)
-        for _ in range(2):
-            real, fake = torch.randn(2, 2, 3, 8, 8)
-            loss = critic(fake).mean() - critic(real).mean()
-            loss.backward()
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stderr.flush()
-    os._exit(0)  # gloo's threads can abort an ordinary exit
-"""
-
-
-def test_two_forwards_before_a_backward_under_ddp(tmp_path):
-    command = [sys.executable, "-c", textwrap.dedent(GAN)]
-    root = Path(fastnorm.__file__).parents[1]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store")], cwd=root, stderr=subprocess.PIPE
-        )
-        for rank in range(2)
-    ]
-    try:
-        for rank in ranks:
-            error = rank.communicate(timeout=240)[1].decode()
-            assert rank.returncode == 0, error
-    finally:
-        for rank in ranks:
-            rank.kill()
 
 
 # ---- masks ----

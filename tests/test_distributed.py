@@ -408,3 +408,265 @@ def test_process_groups(tmp_path):
         pool.run(is_single_process_in_its_group)
     finally:
         pool.close()
+
+
+# ---- DTensor ----
+
+
+def norms_of_dtensors() -> None:
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    mesh = dist.init_device_mesh("cpu", (2,))
+    c = 6
+    row = random_tensor(5, 3, c, mean=1.0)
+    image = channels_last(random_tensor(3, c, 2, 4, mean=1.0))
+    w, b = parameters(c, torch.float32)
+    mean, var = torch.randn(c), torch.rand(c) + 0.5
+    layer, rms = fastnorm.layer_norm, fastnorm.rms_norm
+    group, instance, batch = fastnorm.group_norm, fastnorm.instance_norm, fastnorm.batch_norm
+    cases = [
+        (lambda x, r, w, b: layer(x, (c,), w, b, activation="gelu", residual=r), row, (0, 1)),
+        (lambda x, r, w, b: layer(x, (c,), w, b, dim=1, residual=r), image, (0, 2, 3)),
+        (lambda x, r, w, b: rms(x, (c,), w, activation="silu", residual=r), row, (0, 1)),
+        (lambda x, r, w, b: fastnorm.add_layer_norm(x, r, (c,), w, b), row, (0, 1)),
+        (lambda x, r, w, b: fastnorm.add_rms_norm(x, r, (c,), w), row, (0, 1)),
+        (lambda x, r, w, b: group(x, 2, w, b, activation="relu", residual=r), image, (0,)),
+        (lambda x, r, w, b: instance(x, None, None, w, b, residual=r), image, (0,)),
+        (lambda x, r, w, b: batch(x, *stats(x), w, b, residual=r), image, (0, 2, 3)),
+        (lambda x, r, w, b: instance(x, *stats(x), w, b, False, residual=r), image, (0, 2, 3)),
+        (
+            lambda x, r, w, b: fastnorm.dropout(x, 0.3, False, activation="gelu", residual=r),
+            row,
+            (0, 1, 2),
+        ),
+    ]
+
+    def stats(x):
+        if not isinstance(x, DTensor):
+            return mean, var
+        return tuple(distribute_tensor(t, mesh, [Replicate()]) for t in (mean, var))
+
+    for number, (f, x, local) in enumerate(cases):
+        r, grad = random_tensor(*x.shape), random_tensor(*x.shape)
+        whole = [t.clone().requires_grad_() for t in (x, r, w, b)]
+        want = f(*whole)
+        want = want if isinstance(want, tuple) else (want,)
+        torch.autograd.backward(want, [grad] * len(want))
+        for dim in range(x.dim()):
+            parts = [
+                distribute_tensor(t.detach(), mesh, [p]).requires_grad_()
+                for t, p in zip(
+                    whole, [Shard(dim), Shard(dim), Replicate(), Replicate()], strict=True
+                )
+            ]
+            if dim not in local:
+                with pytest.raises(ValueError, match=r"input: .* redistribute"):
+                    f(*parts)
+                continue
+            with CommDebugMode() as comm:
+                y = f(*parts)
+                y = y if isinstance(y, tuple) else (y,)
+                torch.autograd.backward(y, [distribute_tensor(grad, mesh, [Shard(dim)])] * len(y))
+            # Of distribute_tensor only, which sends the parts of `grad` and `stats`.
+            moved = {str(k) for k, v in comm.get_comm_counts().items() if v}
+            assert not any("all_" in k for k in moved), moved
+            what = f"case {number}, dimension {dim}"
+            for a, e in zip(y, want, strict=True):
+                assert a.placements == (Shard(dim),) and a.shape == e.shape
+                assert a.stride() == e.stride()
+                torch.testing.assert_close(a.full_tensor(), e, msg=what)
+            for a, e in zip(parts, whole, strict=True):
+                if e.grad is None:
+                    assert a.grad is None or not a.grad.full_tensor().any(), what
+                    continue
+                torch.testing.assert_close(
+                    a.grad.full_tensor(), e.grad, rtol=1e-5, atol=1e-5, msg=what
+                )
+
+    shard = distribute_tensor(image, mesh, [Shard(0)])
+    with pytest.raises(TypeError, match="weight: expected a DTensor"):
+        fastnorm.group_norm(shard, 2, w)
+    with pytest.raises(ValueError, match="input: "):  # the statistics are not this part's
+        fastnorm.batch_norm(shard, None, None, training=True)
+    copies = distribute_tensor(image, mesh, [Replicate()])
+    norm = nn.Sequential(fastnorm.BatchNorm2d(c))
+    plain = fastnorm.BatchNorm2d(c)
+    torch.distributed.tensor.distribute_module(norm, mesh)
+    torch.testing.assert_close(norm(copies).full_tensor(), plain(image))
+    for a, e in zip(norm[0].buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a.full_tensor(), e)
+
+
+def dropout_of_dtensors() -> None:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
+
+    mesh = dist.init_device_mesh("cpu", (2,))
+    x = torch.ones(8, 64, 16)
+
+    def dropped(f, placement):
+        torch.manual_seed(3)
+        y = f(distribute_tensor(x, mesh, [placement]))
+        assert y.placements == (placement,)
+        return y, y.full_tensor()
+
+    for f in (
+        lambda x: fastnorm.dropout(x, 0.5),
+        lambda x: fastnorm.layer_norm(x + 0, (16,), dropout_p=0.5, activation="sigmoid"),
+    ):
+        _, whole = dropped(f, Replicate())
+        _, sharded = dropped(f, Shard(0))
+        assert 0.45 < (sharded == 0).float().mean() < 0.55
+        assert not torch.equal(sharded[:4], sharded[4:])  # parts draw for themselves
+        torch.manual_seed(3)
+        torch.testing.assert_close(whole, f(x))  # copies alike, and like one tensor
+    # What a channel or sample shares it also shares with the other part.
+    _, channels = dropped(lambda x: fastnorm.dropout1d(x, 0.5), Shard(2))
+    assert ((channels == 0).all(-1) | (channels == 2).all(-1)).all()
+    _, depth = dropped(lambda x: fastnorm.stochastic_depth(x, 0.5, "batch"), Shard(0))
+    assert depth.unique().numel() == 1
+
+    block = nn.ModuleDict({"norm": fastnorm.LayerNorm(16), "drop": fastnorm.Dropout(0.5)})
+    plan = {"norm": SequenceParallel(), "drop": SequenceParallel()}
+    parallelize_module(block, mesh, plan)
+    here = random_tensor(8, 64, 16).chunk(2, 1)[dist.get_rank()]
+    y = block["drop"](block["norm"](here))
+    assert y.placements == (Shard(1),) and y.shape == (8, 64, 16)
+    y.to_local().sum().backward()
+    assert block["norm"].weight.grad is not None
+
+
+def test_dtensors_run_locally(pair):
+    pair.run(norms_of_dtensors)
+
+
+def test_dropout_of_dtensors(pair):
+    pair.run(dropout_of_dtensors)
+
+
+# ---- training ----
+
+
+class Block(nn.Module):
+    """Every kind of layer; batch norm is synchronized, the others need not be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3)
+        self.batch = fastnorm.SyncBatchNorm(6, activation="relu")
+        self.frozen = fastnorm.BatchNorm2d(6).freeze()
+        self.group = fastnorm.GroupNorm(2, 6, activation="silu")
+        self.instance = fastnorm.InstanceNorm2d(6, affine=True)
+        self.channels_first = fastnorm.LayerNorm(6, dim=1)
+        self.drop_path = fastnorm.DropPath(0.0)
+        self.layer = fastnorm.LayerNorm(6, activation="gelu")
+        self.rms = fastnorm.RMSNorm(6)
+        self.add_layer = fastnorm.AddLayerNorm(6)
+        self.add_rms = fastnorm.AddRMSNorm(6)
+        self.drop = fastnorm.Dropout(0.0, activation="tanh")
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.batch(self.stem(x))
+        x = self.frozen(x, self.group(x))
+        x = self.drop_path(self.instance(x), self.channels_first(x))
+        x = x.flatten(2).transpose(1, 2)
+        x, total = self.add_layer(self.layer(x), x)
+        x, total = self.add_rms(self.rms(x), total)
+        return self.head(self.drop(x + total).mean(1))
+
+
+def training_is_single_process(kind: str) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    rank = dist.get_rank()
+    whole = Block()
+    for p in whole.parameters():
+        p.data.add_(torch.randn_like(p) * 0.3)
+    whole.frozen.running_var.add_(torch.rand(6))
+    model: nn.Module = Block()
+    model.load_state_dict(whole.state_dict())
+    if kind == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    else:
+        mesh = dist.init_device_mesh("cpu", (2,))
+        for layer in (model.batch, model.layer):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (model, whole)]
+    for _ in range(3):
+        x, target = torch.randn(8, 3, 6, 6), torch.randn(8, 5)
+        here = slice(4 * rank, 4 * rank + 4)
+        losses = [
+            nn.functional.mse_loss(model(x[here]), target[here]),
+            nn.functional.mse_loss(whole_batch(whole, x), target),
+        ]
+        for loss, optimizer in zip(losses, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        torch.testing.assert_close(total(losses[0]) / 2, losses[1].detach())
+    trained = model.module if kind == "ddp" else model
+    for (name, a), e in zip(trained.named_parameters(), whole.parameters(), strict=True):
+        a = a.full_tensor() if kind == "fsdp" else a
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5, msg=name)
+    for (name, a), e in zip(trained.named_buffers(), whole.buffers(), strict=True):
+        torch.testing.assert_close(a, e, msg=name)
+
+
+def whole_batch(model: Block, x: torch.Tensor) -> torch.Tensor:
+    """`model` in a single process: batch norm does not wait for others."""
+    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    model.batch.process_group = alone[dist.get_rank()]
+    return model(x)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_training(pair, kind):
+    pair.run(training_is_single_process, kind)
+
+
+def two_forwards_before_a_backward() -> None:
+    """The gradients are those of the statistics that each forward saw, also after the others."""
+    rank = dist.get_rank()
+    for mode in ("train", "eval", "frozen", "running"):
+        for options in ({}, {"dropout_p": 1e-9}):  # the way around the eager entry, too
+            torch.manual_seed(rank)
+            norm = fastnorm.BatchNorm2d(4, activation="leaky_relu", **options)
+            norm.train(mode != "eval")
+            if mode in ("frozen", "running"):
+                norm.use_running_stats, norm.update_running_stats = True, mode == "running"
+            norm.running_var.add_(torch.rand(4))  # another on each process until a forward
+            critic = nn.parallel.DistributedDataParallel(
+                nn.Sequential(norm), broadcast_buffers=True
+            )
+            seen = []
+            norm.register_forward_pre_hook(
+                lambda m, _, seen=seen: seen.append((m.running_mean.clone(), m.running_var.clone()))
+            )
+            inputs = [torch.randn(3, 4, 5, 5, requires_grad=True) for _ in range(2)]
+            outputs = []
+            for x in inputs:
+                outputs.append(critic(x))
+                if rank == 0 and mode != "train":
+                    norm.running_var.mul_(3.0)  # reaches the other process with the next forward
+                    norm.running_mean.add_(1.0)
+            loss = outputs[0].square().mean() - outputs[1].sin().mean()
+            grads = torch.autograd.grad(loss, inputs)
+            assert not torch.equal(seen[0][1], seen[1][1])
+            theirs = [
+                nn.functional.leaky_relu(
+                    nn.functional.batch_norm(
+                        x, mean, var, norm.weight, norm.bias, training=mode == "train"
+                    )
+                )
+                for x, (mean, var) in zip(inputs, seen, strict=True)
+            ]
+            want = torch.autograd.grad(theirs[0].square().mean() - theirs[1].sin().mean(), inputs)
+            for a, e in zip(grads, want, strict=True):
+                torch.testing.assert_close(a, e, msg=f"{mode} {options}")
+
+
+def test_two_forwards_before_a_backward_under_ddp(pair):
+    pair.run(two_forwards_before_a_backward)
