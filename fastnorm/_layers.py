@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastnorm import _dtensor, _ops, _philox, _reference
+from fastnorm import _dtensor, _export, _ops, _philox, _reference
 from fastnorm._checks import (
     check_eps,
     check_input,
@@ -147,6 +148,12 @@ def layer(
     check_residual(residual, input)
     check_eps(eps)
     code = activation_code(activation)
+    if torch.compiler.is_exporting() and generator is None:
+        check_probability("dropout_p", dropout_p)
+        return _export.layer(
+            input, shape, axis, weight, bias, residual, statistic, eps, weight_offset, code,
+            dropout_p if training else 0.0,
+        )  # fmt: skip
     seed = draw(input, dropout_p, training, generator)
     call = NormCall(
         (0,) * 6, statistic, eps, weight_offset, code, dropout_p if seed is not None else 0.0
@@ -195,6 +202,13 @@ def add_layer(
     check_parameter("weight", weight, shape, input)
     check_parameter("bias", bias, shape, input)
     check_eps(eps)
+    if torch.compiler.is_exporting() and generator is None:
+        check_probability("dropout_p", dropout_p)
+        total = residual + (F.dropout(input, dropout_p) if training and dropout_p else input)
+        y = _export.layer(
+            total, shape, -1, weight, bias, None, statistic, eps, weight_offset, 0, 0.0
+        )
+        return y, total
     seed = draw(input, dropout_p, training, generator)
     n = math.prod(shape)
     view = _ops.row_view(input.numel() // n if n else 0, n)

@@ -93,9 +93,7 @@ def use_kernel(input: Tensor, *others: Tensor | None) -> bool:
     kernels on first use.
     """
     if torch.compiler.is_compiling():
-        return (
-            _build.backend() == "kernel" and not torch.compiler.is_exporting() and register_fakes()
-        )
+        return keeps_operator(input, False)
     reason = disturbance(input, *others)
     device = input.device.type
     if reason is None:
@@ -108,6 +106,19 @@ def use_kernel(input: Tensor, *others: Tensor | None) -> bool:
     if reason is not None:
         note(lambda: f"reference: {reason}")
     return reason is None
+
+
+def keeps_operator(input: Tensor, auto: bool) -> bool:
+    """Whether a compiled graph gets our operator, not what the compiler makes of the reference.
+
+    The backend says so; `auto` is what "auto" means for this operator, by the measurements of
+    benchmarks/bench_compile.py.
+    """
+    backend = _build.backend()
+    device = input.device.type
+    if torch.compiler.is_exporting() or device not in _build.DEVICES:
+        return False
+    return (auto if backend == "auto" else backend == "kernel") and register_fakes(device)
 
 
 def norm(
@@ -329,10 +340,10 @@ def differentiable_vjp(
 _fakes_registered = False
 
 
-def register_fakes() -> bool:
+def register_fakes(device: str = "cpu") -> bool:
     """Load the kernels and describe their outputs to the compiler; False where there are none."""
     global _fakes_registered
-    if _build.load() is None:
+    if not (_build.load_cuda() if device == "cuda" else _build.load() is not None):
         return False
     if not _fakes_registered:
         for name, fake in FAKES.items():

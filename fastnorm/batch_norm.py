@@ -15,9 +15,15 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastnorm import _build, _channels, _dtensor, _layers, _reference, _running
+from fastnorm import _build, _channels, _dtensor, _export, _layers, _reference, _running
 from fastnorm._channels import Normed
-from fastnorm._checks import check_eps, check_input, check_parameter, check_residual
+from fastnorm._checks import (
+    check_eps,
+    check_input,
+    check_parameter,
+    check_probability,
+    check_residual,
+)
 from fastnorm._ops import NormCall
 from fastnorm._reference import MEAN_VAR
 from fastnorm._running import RunningStatistics
@@ -282,6 +288,26 @@ def normalize(
     if update:
         assert running_mean is not None
         _running.check_updatable(running_mean, x)
+    if (
+        torch.compiler.is_exporting()
+        and _export.is_updatable(x, running_mean, update)
+        and (batch_statistics or not update)
+        and momentum is not None
+        and not chunk
+        and valid is None
+        and skipped is None
+        and generator is None
+    ):
+        check_probability("dropout_p", dropout_p)
+        used = update or not batch_statistics
+        y = _export.channels(
+            x, 0, weight, bias, residual, eps, code, dropout_p if training else 0.0,
+            running_mean if used else None, running_var if used else None, batch_statistics,
+            momentum,
+        )  # fmt: skip
+        if update and tracked is not None:
+            tracked.add_(1)
+        return y if axis == 1 else y.movedim(1, axis)
     seed = _layers.draw(input, dropout_p, training, generator)
     call = NormCall((0,) * 6, MEAN_VAR, eps, 0.0, code, dropout_p if seed is not None else 0.0)
     frozen = None

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastnorm import _build, _dtensor, _ops, _philox, _reference
@@ -308,6 +309,13 @@ def _general(
             activation=activation, bias=bias, residual=residual, generator=generator,
         )  # fmt: skip
         return input.copy_(result)
+    if torch.compiler.is_exporting() and drops and generator is None and kind == SCALED:
+        # As an exported graph's own runtime draws: torch's functions, see fastnorm/_export.py.
+        feature = shared and shared == _feature_bits(input, False)
+        if not shared or feature:
+            h = FUNCTIONS[code](input if bias is None else input + bias)
+            y = torch.feature_dropout(h, p, True) if feature else F.dropout(h, p)
+            return y if residual is None else y + residual
     x = input
     if bias is not None and (bias.dtype != x.dtype or not x.is_contiguous()):
         x, bias = x + bias, None
@@ -320,11 +328,9 @@ def _general(
 
 def _use_kernel(x: Tensor, *others: Tensor | None) -> bool:
     # What a compiler makes of Philox in int64 is slower than the operator by far
-    # (benchmarks/bench_dropout.py), and would save masks in place of seeds.
+    # (benchmarks/bench_compile.py), and would save masks in place of seeds.
     if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting() and (
-            _build.module is not None or _build.load() is not None
-        )
+        return _ops.keeps_operator(x, True)
     return _ops.use_kernel(x, *others)
 
 

@@ -13,8 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastnorm import _build, _channels, _dtensor, _layers
-from fastnorm._checks import check_eps, check_input, check_parameter, check_residual
+from fastnorm import _build, _channels, _dtensor, _export, _layers
+from fastnorm._checks import (
+    check_eps,
+    check_input,
+    check_parameter,
+    check_probability,
+    check_residual,
+)
 from fastnorm._ops import NormCall
 from fastnorm._reference import MEAN_VAR
 from fastnorm.epilogue import ACTIVATION_CODES, activation_code
@@ -139,6 +145,11 @@ def group_norm(
     check_eps(eps)
     code = activation_code(activation)
     valid = _channels.read_mask(mask, lengths, input)
+    if torch.compiler.is_exporting() and valid is None and generator is None:
+        check_probability("dropout_p", dropout_p)
+        return _export.channels(
+            input, num_groups, weight, bias, residual, eps, code, dropout_p if training else 0.0
+        )
     seed = _layers.draw(input, dropout_p, training, generator)
     call = NormCall((0,) * 6, MEAN_VAR, eps, 0.0, code, dropout_p if seed is not None else 0.0)
     return _channels.norm(input, num_groups, weight, bias, residual, None, seed, call, mask=valid).y

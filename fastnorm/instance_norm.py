@@ -14,8 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn.modules.instancenorm import _InstanceNorm as _TorchInstanceNorm
 
-from fastnorm import _build, _channels, _dtensor, _layers, _running
-from fastnorm._checks import check_eps, check_input, check_parameter, check_residual
+from fastnorm import _build, _channels, _dtensor, _export, _layers, _running
+from fastnorm._checks import (
+    check_eps,
+    check_input,
+    check_parameter,
+    check_probability,
+    check_residual,
+)
 from fastnorm._ops import NormCall
 from fastnorm._reference import MEAN_VAR
 from fastnorm._running import RunningStatistics
@@ -161,6 +167,17 @@ def instance_norm(
     valid = _channels.read_mask(mask, lengths, input)
     if use_input_stats and running_mean is not None:
         _running.check_updatable(running_mean, input)
+    if (
+        torch.compiler.is_exporting()
+        and _export.is_updatable(input, running_mean, use_input_stats)
+        and valid is None
+        and generator is None
+    ):
+        check_probability("dropout_p", dropout_p)
+        return _export.channels(
+            input, channels, weight, bias, residual, eps, code, dropout_p if training else 0.0,
+            running_mean, running_var, use_input_stats, momentum,
+        )  # fmt: skip
     seed = _layers.draw(input, dropout_p, training, generator)
     call = NormCall((0,) * 6, MEAN_VAR, eps, 0.0, code, dropout_p if seed is not None else 0.0)
     if not use_input_stats:
