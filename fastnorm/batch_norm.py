@@ -296,6 +296,7 @@ def normalize(
         and not chunk
         and valid is None
         and skipped is None
+        and synced is None
         and generator is None
     ):
         check_probability("dropout_p", dropout_p)
