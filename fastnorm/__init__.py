@@ -43,6 +43,7 @@ from fastnorm.dropout import (
     stochastic_depth,
 )
 from fastnorm.explain import Explanation, explain
+from fastnorm.fusion import fuse
 from fastnorm.group_norm import GroupNorm, group_norm
 from fastnorm.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, instance_norm
 from fastnorm.layer_norm import AddLayerNorm, LayerNorm, add_layer_norm, layer_norm
@@ -125,6 +126,7 @@ __all__ = [
     "early_stopping_factors",
     "explain",
     "feature_alpha_dropout",
+    "fuse",
     "gradient_norms",
     "group_norm",
     "init",

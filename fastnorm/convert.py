@@ -32,6 +32,7 @@ from fastnorm.group_norm import GroupNorm
 from fastnorm.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from fastnorm.layer_norm import LayerNorm
 from fastnorm.rms_norm import RMSNorm
+from fastnorm.sync_batch_norm import SyncBatchNorm
 
 __all__ = ["Change", "Report", "replace", "restore"]
 
@@ -42,6 +43,7 @@ CLASSES: dict[type[nn.Module], tuple[type[nn.Module], tuple[int, ...]]] = {
     nn.BatchNorm1d: (BatchNorm1d, (1,)),
     nn.BatchNorm2d: (BatchNorm2d, (1,)),
     nn.BatchNorm3d: (BatchNorm3d, (1,)),
+    nn.SyncBatchNorm: (SyncBatchNorm, (1,)),
     nn.GroupNorm: (GroupNorm, (1, 1)),
     nn.InstanceNorm1d: (InstanceNorm1d, (1,)),
     nn.InstanceNorm2d: (InstanceNorm2d, (1,)),
@@ -75,6 +77,8 @@ _LAYER_NAMES = (
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
 
 _RECORD = "_fastnorm_replaced"
+FOLDED = "_fastnorm_folded"  # what `fuse` folded into a norm
+BASE = "_fastnorm_base"  # the class of a module whose forward `fuse` rewrote
 
 
 @dataclass(frozen=True)
@@ -128,12 +132,41 @@ def table(head: str, changes: list[Change]) -> str:
 
 
 class _Record(NamedTuple):
-    """How to undo a swap: the class, the attributes and buffers added, and what they hid."""
+    """How to undo a swap: the classes, the attributes and buffers added, and what they hid."""
 
     theirs: type[nn.Module]
+    ours: type[nn.Module]
     added: dict[str, Any]
     buffers: tuple[str, ...]
     hidden: dict[str, Any]
+
+
+class Fold(NamedTuple):
+    """What a norm does beside normalizing since `fuse`."""
+
+    plain: type[nn.Module]
+    fused: type[nn.Module]
+    activation: str | None
+    dropout_p: float
+
+    def apply(self, norm: nn.Module) -> None:
+        norm.__class__ = self.fused
+        vars(norm).update({"activation": self.activation, "dropout_p": self.dropout_p})
+        vars(norm)[FOLDED] = self
+
+
+def unfold(module: nn.Module) -> str | None:
+    """Undoes `fuse` on one module; returns the class that it has then, None if it had nothing."""
+    fold: Fold | None = vars(module).pop(FOLDED, None)
+    base = getattr(type(module), BASE, None)
+    if fold is not None:
+        module.__class__ = fold.plain
+        vars(module).update({"activation": None, "dropout_p": 0.0})
+    elif base is not None:
+        module.__class__ = base
+    else:
+        return None
+    return class_name(type(module))
 
 
 class _Skip(Exception):
@@ -306,17 +339,21 @@ def _swap(module: nn.Module) -> str | None:
     vars(module).update(added)
     for name in buffers:
         module.register_buffer(name, None, persistent=False)
-    vars(module)[_RECORD] = _Record(theirs, added, buffers, hidden)
+    vars(module)[_RECORD] = _Record(theirs, ours, added, buffers, hidden)
     return class_name(ours)
 
 
-def _unswap(module: nn.Module) -> str | None:
+def unswap(module: nn.Module) -> str | None:
+    """Undoes `fuse` and `replace` on one module; as `_swap`."""
+    unfolded = unfold(module)
     record: _Record | None = vars(module).get(_RECORD)
+    if record is None and unfolded:
+        return unfolded
     if record is None:
         if type(module).__module__.startswith("fastnorm.") and isinstance(module, _BASES):
             raise _Skip("built as fastnorm's, nothing to go back to")
         return None
-    if not type(module).__module__.startswith("fastnorm."):
+    if type(module) is not record.ours:
         raise _Skip("its class was changed again after replace: undo that first")
     for name, value in record.added.items():
         if vars(module)[name] != value:
@@ -353,10 +390,11 @@ def replace(model: nn.Module) -> Report:
     """Make torch's norms and dropouts in a model fastnorm's, in place.
 
     Every module whose class is exactly `torch.nn.LayerNorm`, `RMSNorm`, `BatchNorm1d/2d/3d`,
-    `GroupNorm`, `InstanceNorm1d/2d/3d`, `Dropout`, `Dropout1d/2d/3d`, `AlphaDropout` or
-    `FeatureAlphaDropout` gets the fastnorm class of the same name. It stays the same object, with
-    the same parameters and buffers, state_dict keys, hooks, name and flags: an optimizer, a
-    reference held elsewhere or a checkpoint does not notice. `model` may be such a module itself.
+    `SyncBatchNorm`, `GroupNorm`, `InstanceNorm1d/2d/3d`, `Dropout`, `Dropout1d/2d/3d`,
+    `AlphaDropout` or `FeatureAlphaDropout` gets the fastnorm class of the same name. It stays the
+    same object, with the same parameters and buffers, state_dict keys, hooks, name and flags: an
+    optimizer, a reference held elsewhere or a checkpoint does not notice. `model` may be such a
+    module itself.
     `torch.nn` is not touched.
 
     A norm of a model library is swapped where its class is named as such (``LlamaRMSNorm``,
@@ -388,13 +426,13 @@ def replace(model: nn.Module) -> Report:
 
 
 def restore(model: nn.Module) -> Report:
-    """Undo `replace`: every module that it swapped has its own class again.
+    """Undo `replace` and `fuse`: every module that they changed has its own class again.
 
     A module whose added attributes were set since (an `activation`, say, or a frozen batch norm)
     is left alone, because its class of before can't do that; so is one built as fastnorm's.
 
     Args:
-        model: a model, or a part or a copy of it, on which `replace` was called.
+        model: a model, or a part or a copy of it, on which `replace` or `fuse` was called.
 
     Returns:
         A `Report`: what went back, what did not and why.
@@ -409,4 +447,4 @@ def restore(model: nn.Module) -> Report:
         1 swapped, 0 skipped
             1  fastnorm.LayerNorm -> LayerNorm  [1]
     """
-    return _walk(model, _unswap)
+    return _walk(model, unswap)
