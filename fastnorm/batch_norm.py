@@ -185,6 +185,13 @@ def check_channels(input: Tensor, channel_dim: int) -> int:
     return channel_dim % input.dim()
 
 
+def check_virtual_batch_size(size: object) -> None:
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"virtual_batch_size: expected an int or None, got {type(size).__name__}")
+    if size < 1:
+        raise ValueError(f"virtual_batch_size: expected at least 1, got {size}")
+
+
 def check_values(input: Tensor, chunk: int) -> None:
     """More than one value per channel, in the batch and in its last part."""
     spatial = _channels.spatial_numel(input)
@@ -255,13 +262,7 @@ def normalize(
     channels = x.shape[1]
     chunk = 0
     if virtual_batch_size is not None:
-        if isinstance(virtual_batch_size, bool) or not isinstance(virtual_batch_size, int):
-            raise TypeError(
-                "virtual_batch_size: expected an int or None, got "
-                f"{type(virtual_batch_size).__name__}"
-            )
-        if virtual_batch_size < 1:
-            raise ValueError(f"virtual_batch_size: expected at least 1, got {virtual_batch_size}")
+        check_virtual_batch_size(virtual_batch_size)
         if batch_statistics and virtual_batch_size < x.shape[0]:
             chunk = virtual_batch_size
     if batch_statistics and synced is None:
@@ -359,6 +360,8 @@ class _BatchNorm(RunningStatistics, torch.nn.modules.batchnorm._BatchNorm):
             raise ValueError(
                 f"nonfinite_stats: expected 'propagate' or 'skip', got {nonfinite_stats!r}"
             )
+        if virtual_batch_size is not None:
+            check_virtual_batch_size(virtual_batch_size)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
@@ -469,7 +472,8 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
 
     `freeze` and `unfreeze` stop and resume the use of batch statistics in training mode. A forward
     that activation checkpointing runs again does not update the statistics again: inside a running
-    backward they never change.
+    backward they never change. A module that was compiled by itself can't see this: compile the
+    function that calls the checkpoint, not the module inside it.
 
     Raises:
         ValueError: another activation or `nonfinite_stats`, or `dropout_p` outside [0, 1]; in

@@ -252,6 +252,24 @@ def check_inplace(input: Tensor) -> None:
             "inplace: expected an input that autograd lets us overwrite, got a leaf Variable that "
             "requires grad, which must not be used in an in-place operation"
         )
+    # What else copy_ would find, but after a seed was drawn.
+    if torch.compiler.is_compiling() or not _ops.is_plain(input):
+        return
+    base = input._base
+    if torch.is_grad_enabled() and base is not None and base.is_leaf and base.requires_grad:
+        raise RuntimeError(
+            "inplace: expected an input that autograd lets us overwrite, got a view of a leaf "
+            "Variable that requires grad, which must not be used in an in-place operation"
+        )
+    if torch._debug_has_internal_overlap(input) == 1:
+        raise RuntimeError(
+            "inplace: expected an input whose elements lie apart, got strides "
+            f"{tuple(input.stride())} for shape {list(input.shape)}; clone() it first"
+        )
+    if input.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "inplace: expected a normal tensor outside inference mode, got an inference tensor"
+        )
 
 
 def _check_operand(argument: str, value: object, shape: Sequence[int], input: Tensor) -> None:

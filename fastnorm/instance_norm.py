@@ -264,6 +264,13 @@ class _InstanceNorm(RunningStatistics, _TorchInstanceNorm):
             mask=mask,
             lengths=lengths,
         )
+        if update and not use_input:
+            with torch.no_grad():
+                instance_norm(
+                    input, self.running_mean, self.running_var, None, None, True,
+                    self.momentum if self.momentum is not None else 0.0, 1.0, mask=mask,
+                    lengths=lengths,
+                )  # fmt: skip
         return y.squeeze(0) if unbatched else y
 
     def extra_repr(self) -> str:

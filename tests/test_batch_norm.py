@@ -402,6 +402,15 @@ def test_compiled_steps_leave_the_eager_buffers():
             buffers_close(steps(compiled, norm), steps(eager, eager), 0)
 
 
+def test_compiled_checkpointing_updates_once():
+    """Compiled around the checkpoint; a module compiled inside one can't tell the second run."""
+    norm = fastnorm.BatchNorm1d(3, activation="relu")
+    torch._dynamo.reset()
+    step = torch.compile(lambda x: checkpoint(norm, x, use_reentrant=False), backend="aot_eager")
+    step(torch.randn(4, 3, requires_grad=True)).square().sum().backward()
+    assert norm.num_batches_tracked == 1
+
+
 def test_vmap_names_the_way_out():
     norm = fastnorm.BatchNorm1d(3)
     with pytest.raises(RuntimeError, match="track_running_stats=False"):
@@ -531,6 +540,10 @@ def test_a_failed_call_changes_nothing():
         fastnorm.BatchNorm1d(3, activation="swish")
     with pytest.raises(ValueError, match="nonfinite_stats"):
         fastnorm.BatchNorm1d(3, nonfinite_stats="ignore")
+    with pytest.raises(TypeError, match="virtual_batch_size: expected an int or None, got float"):
+        fastnorm.BatchNorm1d(3, virtual_batch_size=2.5)
+    with pytest.raises(ValueError, match="virtual_batch_size: expected at least 1, got 0"):
+        fastnorm.BatchNorm1d(3, virtual_batch_size=0)
 
 
 @BACKENDS

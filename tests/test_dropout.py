@@ -428,6 +428,24 @@ def test_second_backward_raises():
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("function", [fastnorm.dropout, fastnorm.dropout1d])
+def test_a_failed_inplace_call_draws_nothing(backend, function):
+    leaf = torch.randn(2, 3, 4, requires_grad=True)
+    with torch.inference_mode():
+        inference = torch.randn(2, 3, 4)
+    for bad, what in (
+        (torch.randn(2, 3, 1).expand(2, 3, 4), "strides"),
+        (leaf, "leaf"),
+        (leaf[:1], "view of a leaf"),
+        (inference, "inference"),
+    ):
+        state, values = torch.get_rng_state(), bad.detach().clone()
+        with pytest.raises(RuntimeError, match=f"inplace: .*{what}"):
+            function(bad, 0.5, inplace=True)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert torch.equal(bad, values)
+
+
 def test_seed_is_torch_randint(backend):
     torch.manual_seed(9)
     expected = torch.randint(2**63 - 1, (1,))

@@ -92,6 +92,26 @@ def test_five_steps_leave_torchs_buffers(cls, momentum, backend):
     mine.load_state_dict(ref.state_dict(), strict=True)
 
 
+@BACKENDS
+def test_the_two_flags_are_separate(backend):
+    with fastnorm.use_backend(backend):
+        x = torch.randn(4, 3, 7) + 2
+        norm, ref = (
+            m(3, track_running_stats=True) for m in (fastnorm.InstanceNorm1d, nn.InstanceNorm1d)
+        )
+        norm.use_running_stats = True  # but go on updating
+        torch.testing.assert_close(norm(x), x / (1 + norm.eps) ** 0.5)
+        ref(x)
+        torch.testing.assert_close(norm.running_mean, ref.running_mean)
+        torch.testing.assert_close(norm.running_var, ref.running_var)
+        norm.update_running_stats = False
+        before = norm.running_mean.clone()
+        norm(x)
+        norm.use_running_stats = None  # but use the input's
+        torch.testing.assert_close(norm(x), nn.InstanceNorm1d(3)(x))
+        assert torch.equal(norm.running_mean, before)
+
+
 def test_evaluation_gives_the_bits_of_training():
     for memory in ("contiguous", "channels_last"):
         norm = fastnorm.InstanceNorm2d(3)
