@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
@@ -280,10 +279,8 @@ def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
 
 def _same(a: object, b: object) -> bool:
     """Whether two nodes held tensors of one shape and dtype in the example."""
-    metas = [n.meta.get("tensor_meta") if isinstance(n, fx.Node) else None for n in (a, b)]
-    if any(not hasattr(m, "dtype") for m in metas):
-        return False
-    return metas[0].shape == metas[1].shape and metas[0].dtype == metas[1].dtype  # type: ignore[union-attr]
+    kinds = [n.meta.get("tensor") if isinstance(n, fx.Node) else None for n in (a, b)]
+    return kinds[0] is not None and kinds[0] == kinds[1]
 
 
 def _fold_before(owner: nn.Module, graph: fx.Graph, node: fx.Node, norm: nn.Module) -> str | None:
@@ -368,12 +365,20 @@ def _fold_after(owner: nn.Module, graph: fx.Graph, node: fx.Node, norm: nn.Modul
     return f"{class_name(type(norm))} + {' + '.join(parts)}"
 
 
+class _Measuring(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            n.meta["tensor"] = result.shape, result.dtype
+        return result
+
+
 def _measure(owner: nn.Module, graph: fx.Graph, call: _Call, values: list[Any]) -> None:
     """Shapes and dtypes of the graph's tensors, from a run of it on what the example gave."""
     try:
         with _untouched(owner):
             owner.eval()
-            result = ShapeProp(fx.GraphModule(owner, graph)).propagate(*values)
+            result = _Measuring(owner, graph=graph).run(*values)
     except Exception as error:  # what a trace can't hold shows when it runs
         raise _NotFusable(f"its traced forward fails: {_first_line(error)}") from None
     if tree_structure(result) != call.returned:
@@ -551,7 +556,8 @@ def _prove(model: nn.Module, unfused: nn.Module, args: Any, kwargs: Any) -> None
     wide = any(t.dtype == torch.float64 for t in ours)
     peer = torch.float32 if wide else None
     theirs = _results(unfused.float() if wide else unfused, args, kwargs, peer)
-    exact = _results(unfused.double(), args, kwargs, torch.float64)
+    # A model may cast to float32 somewhere, whatever its parameters are.
+    exact = [t.double() for t in _results(unfused.double(), args, kwargs, torch.float64)]
     assert_within_budget(ours, theirs, exact, what="result ")
 
 

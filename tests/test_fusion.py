@@ -447,6 +447,11 @@ def test_a_float64_model():
     assert len(fastnorm.fuse(model, random_tensor(3, 6, dtype=torch.float64)).fused) == 1
 
 
+def test_a_model_that_casts_to_float32():
+    model = Around(lambda m, x: F.gelu(m.norm(x)).float())
+    assert len(fastnorm.fuse(model, random_tensor(3, 6)).fused) == 1
+
+
 def test_an_optimizer_goes_on():
     model = randomize(ResNet())
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
