@@ -9,6 +9,7 @@ from benchmarks import (
     bench_layer_norm,
     bench_losses,
     bench_memory,
+    bench_models,
     bench_overhead,
     bench_rms_norm,
 )
@@ -25,6 +26,7 @@ MODULES = [
     bench_overhead,
     bench_losses,
     bench_memory,
+    bench_models,
 ]
 
 if __name__ == "__main__":
