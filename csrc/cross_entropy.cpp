@@ -1,10 +1,10 @@
 // The cross-entropy operator: schema, checks, and the CPU entry.
+#include "cross_entropy.h"
+
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 #include <torch/library.h>
 
 #include "cpu/cross_entropy_cpu.h"
-#include "torch_utils.h"
 
 TORCH_LIBRARY_FRAGMENT(fastnorm, m) {
   // Loss (a scalar, or one per row for reduction 0) of rows of logits with class ids, in float32
@@ -15,21 +15,13 @@ TORCH_LIBRARY_FRAGMENT(fastnorm, m) {
       "cross_entropy(Tensor input, Tensor target, Tensor? weight, Tensor? prior, "
       "float label_smoothing, int ignore_index, int reduction, bool torch_mean, bool need_grad) "
       "-> (Tensor loss, Tensor grad, Tensor scale)");
+  // grad *= factor (one element), which on CUDA reads nothing more where the factor is 1; on a CPU
+  // the caller can look for itself.
+  m.def("scale_gradient_(Tensor(a!) grad, Tensor factor) -> ()");
 }
 
 namespace fastnorm::cpu {
 namespace {
-
-template <typename A>
-at::Tensor converted(const OptionalTensor& t) {
-  if (!has(t)) return {};
-  return t->to(c10::CppTypeToScalarType<A>::value).contiguous();
-}
-
-template <typename A>
-const A* data_or_null(const at::Tensor& t) {
-  return t.defined() ? t.const_data_ptr<A>() : nullptr;
-}
 
 // What the mean divides by, and the sum of the rows' mass it takes for granted.
 template <typename A>
@@ -54,23 +46,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_op(
     const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
     const OptionalTensor& prior, double label_smoothing, int64_t ignore_index, int64_t reduction,
     bool torch_mean, bool need_grad) {
-  TORCH_CHECK(input.dim() == 2 && input.is_contiguous(),
-              "fastnorm: input must be contiguous rows of logits, got ", input.sizes());
+  check_cross_entropy(input, target, weight, prior);
   const int64_t rows = input.size(0), classes = input.size(1);
-  TORCH_CHECK(target.scalar_type() == at::kLong && target.is_contiguous() && target.dim() == 1 &&
-                  target.size(0) == rows,
-              "fastnorm: target must be ", rows, " contiguous int64 class ids, got ",
-              target.scalar_type(), " ", target.sizes());
-  for (const auto& t : {weight, prior}) {
-    TORCH_CHECK(!has(t) || (t->dim() == 1 && t->size(0) == classes),
-                "fastnorm: weight and prior must have one value for each of ", classes, " classes");
-  }
   const int64_t* ids = target.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < rows; ++i) {
     TORCH_CHECK_INDEX(ids[i] == ignore_index || (ids[i] >= 0 && ids[i] < classes), "Target ",
                       ids[i], " is out of bounds: expected 0 to ", classes - 1);
   }
-  const auto options = input.options().dtype(accumulate_type(input.scalar_type()));
+  const at::ScalarType wide = accumulate_type(input.scalar_type());
+  const auto options = input.options().dtype(wide);
   at::Tensor losses = at::empty({rows}, options), mass = at::empty({rows}, options);
   at::Tensor grad = at::empty({need_grad ? rows : 0, classes}, input.options());
   at::Tensor loss = reduction == 0 ? losses : at::empty({}, options);
@@ -78,7 +62,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_op(
   visit_dtype(input.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
-    const at::Tensor w = converted<A>(weight), u = converted<A>(prior);
+    const at::Tensor w = converted(weight, wide), u = converted(prior, wide);
     CrossEntropy<T> p{rows,
                       classes,
                       input.const_data_ptr<T>(),

@@ -133,8 +133,8 @@ def cross_entropy(
         mask: bool, of `input`'s shape without K; positions that are ``False`` contribute nothing.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         check_targets: raise on distributions that are negative or sum to 1 only within more than
-            1e-3, and on class ids out of range on every device (on CPU they always raise). Waits
-            for the device.
+            1e-3, and on class ids out of range on every device: on CPU they always raise, on CUDA
+            they otherwise make the loss NaN. Waits for the device.
         torch_mean: divide as torch does: by :math:`\sum_i w_{y_i}` for class ids (NaN when nothing
             is left), by the number of positions for distributions.
 
@@ -192,6 +192,8 @@ def cross_entropy(
             target = target.masked_fill(~mask, ignore_index)
         keep = target != ignore_index
     if not soft and input.numel() and _use_kernel(input, weight, prior):
+        if check_targets and target.device.type != "cpu":  # the CPU kernel always looks
+            _check_ids(target, num_classes, keep)
         rows = input.movedim(dim, -1).reshape(-1, num_classes).contiguous()
         ids = target.reshape(-1).contiguous()
         need_grad = rows.requires_grad and torch.is_grad_enabled()
@@ -292,7 +294,7 @@ def _use_kernel(input: Tensor, weight: Tensor | None, prior: Tensor | None) -> b
     # The kernel differentiates the logits alone.
     if any(t is not None and t.requires_grad for t in (weight, prior)):
         return False
-    return input.device.type == "cpu" and _ops.use_kernel(input, weight, prior)
+    return _ops.use_kernel(input, weight, prior)
 
 
 class CrossEntropyFunction(torch.autograd.Function):
@@ -331,7 +333,9 @@ class CrossEntropyFunction(torch.autograd.Function):
         if grad is None:  # a second pass over a retained graph
             grad = torch.ops.fastnorm.cross_entropy(input, target, *ctx.call, True)[1]
         # The usual gradient of a loss is 1, which saves a pass; looking is free on a CPU.
-        if code == 0 or not grad.is_cpu or factor.item() != 1:
+        if code != 0 and grad.is_cuda:
+            torch.ops.fastnorm.scale_gradient_(grad, factor)
+        elif code == 0 or factor.item() != 1:
             grad.mul_(factor)
         return grad, *rest
 

@@ -452,7 +452,7 @@ void column_norm_fwd(const NormForward<T>& p, Launch&& launch) {
   constexpr int n = kPackSize<T>;
   const View& v = p.config.view;
   if (v.numel() == 0) return;
-  const bool aligned = aligned_packs({p.x, p.residual, p.y});
+  const bool aligned = aligned_to_16({p.x, p.residual, p.y});
   if (PlaneTiling::takes(v)) {
     PlaneTiling t = PlaneTiling::of(v, n);
     t.aligned = aligned;

@@ -356,7 +356,7 @@ void column_norm_bwd(const NormBackward<T>& p, Launch&& launch) {
     return launch_add_samples<T>(launch, p, nullptr, nullptr, 0, v.channels());
   }
   const bool frozen = p.config.frozen;
-  const bool aligned = aligned_packs({p.x, p.dy, p.residual, p.dx, p.dresidual});
+  const bool aligned = aligned_to_16({p.x, p.dy, p.residual, p.dx, p.dresidual});
   // Frozen statistics are mapped where the parameters' sums are made, if these are asked for.
   const bool wants_map = p.dx != nullptr || p.dresidual != nullptr;
   const bool reduce = parameters || (p.dx != nullptr && !frozen);

@@ -18,7 +18,6 @@
 #pragma once
 
 #include <algorithm>
-#include <initializer_list>
 #include <numeric>
 
 #include "cuda/elementwise.cuh"
@@ -368,12 +367,5 @@ struct PlaneWalk {
     return {0, 0, 0, false};
   }
 };
-
-// Whether every pack at a multiple of its size is aligned.
-inline bool aligned_packs(std::initializer_list<const void*> pointers) {
-  uintptr_t all = 0;
-  for (const void* pointer : pointers) all |= reinterpret_cast<uintptr_t>(pointer);
-  return all % 16 == 0;
-}
 
 }  // namespace fastnorm::cuda

@@ -1,28 +1,14 @@
-// CUDA side of the dropout operators: checks, launch, registration.
+// CUDA side of the dropout operators: checks, registration.
 #include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "cuda/dropout.cuh"
-#include "cuda/launch.h"
-#include "torch_utils.h"
+#include "cuda/device.h"
+#include "cuda/dropout_cuda.h"
 
 namespace fastnorm::cuda {
 namespace {
-
-template <typename T>
-struct DeviceType {
-  using type = T;
-};
-template <>
-struct DeviceType<c10::Half> {
-  using type = __half;
-};
-template <>
-struct DeviceType<c10::BFloat16> {
-  using type = __nv_bfloat16;
-};
 
 template <typename T>
 const T* pointer(const OptionalTensor& t) {
@@ -70,13 +56,14 @@ void run(const at::Tensor& out, const at::Tensor& in, const OptionalTensor& x,
                                            options.p, static_cast<DropoutKind>(options.kind),
                                            has(seed) ? seed->const_data_ptr<int64_t>() : nullptr);
   if (backward) config.shift = config.dropped = 0.0;
-  visit_dtype(in.scalar_type(), [&](auto zero) {
-    using T = typename DeviceType<decltype(zero)>::type;
-    dropout(DropoutPass<T>{config, static_cast<const T*>(in.const_data_ptr()),
-                           options.activation != 0 ? pointer<T>(x) : nullptr, pointer<T>(bias),
-                           pointer<T>(residual), static_cast<T*>(out.mutable_data_ptr()),
-                           has(bias) ? bias->numel() : 1},
-            StreamLaunch{c10::cuda::getCurrentCUDAStream()});
+  visit_device_dtype(in.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    launch_dropout(
+        DropoutPass<T>{config, static_cast<const T*>(in.const_data_ptr()),
+                       options.activation != 0 ? pointer<T>(x) : nullptr, pointer<T>(bias),
+                       pointer<T>(residual), static_cast<T*>(out.mutable_data_ptr()),
+                       has(bias) ? bias->numel() : 1},
+        c10::cuda::getCurrentCUDAStream());
   });
 }
 

@@ -7,22 +7,10 @@
 // dy * activation'(x + bias), in this order, so that a dropped element's gradient is 0 even at inf.
 #pragma once
 
-#include "common/dropout.h"
+#include "cuda/dropout_cuda.h"
 #include "cuda/elementwise.cuh"
-#include "cuda/norm_cuda.h"
 
 namespace fastnorm::cuda {
-
-template <typename T>
-struct DropoutPass {
-  DropoutConfig config;
-  const T* in;        // x, or dy in the backward pass
-  const T* x;         // backward pass through an activation; else null
-  const T* bias;      // `columns` values, repeated along the memory
-  const T* residual;  // forward pass alone
-  T* out;             // may be `in`
-  int64_t columns;
-};
 
 // 16 bits each of elements index .. index + n - 1; index is a multiple of n.
 template <int n>
@@ -146,13 +134,12 @@ template <typename T, typename Launch>
 void dropout(const DropoutPass<T>& p, const Launch& launch) {
   const int64_t numel = p.config.view.numel();
   if (numel == 0) return;
-  const auto aligned = [](const void* q) { return reinterpret_cast<uintptr_t>(q) % 16 == 0; };
   const auto shape = [&](int n) {
     const int64_t elements = static_cast<int64_t>(kDropoutThreads) * n;
     return LaunchShape{static_cast<unsigned>((numel + elements - 1) / elements), kDropoutThreads};
   };
   constexpr int n = kPackSize<T>;
-  if (aligned(p.in) && aligned(p.x) && aligned(p.residual) && aligned(p.out)) {
+  if (aligned_to_16({p.in, p.x, p.residual, p.out})) {
     launch("dropout", shape(n), dropout_kernel<T, n>, p);
   } else {
     launch("dropout unaligned", shape(1), dropout_kernel<T, 1>, p);

@@ -18,6 +18,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 #include "common/norm.h"
 
@@ -62,6 +63,13 @@ struct alignas(sizeof(T) * n) Pack {
     return p;
   }
 };
+
+// Whether packs of 16 bytes that start at these pointers are aligned.
+inline bool aligned_to_16(std::initializer_list<const void*> pointers) {
+  uintptr_t all = 0;
+  for (const void* pointer : pointers) all |= reinterpret_cast<uintptr_t>(pointer);
+  return all % 16 == 0;
+}
 
 // Elements of T in 16 bytes.
 template <typename T>
@@ -226,6 +234,15 @@ FASTNORM_DEVICE void shared_store(T* p, T value) {
 template <int n, typename T>
 FASTNORM_DEVICE void copy_async(T* shared_target, const T* source) {
   __pipeline_memcpy_async(shared_target, source, sizeof(T) * n);
+}
+// The same of any size; below 4 bytes through a register.
+template <int n, typename T>
+FASTNORM_DEVICE void fetch_async(T* shared_target, const T* source) {
+  if constexpr (sizeof(T) * n >= 4) {
+    copy_async<n>(shared_target, source);
+  } else {
+    shared_store(shared_target, load_streaming<n>(source));
+  }
 }
 // Closes the group of the copies issued since the last commit.
 FASTNORM_DEVICE void copy_async_commit() { __pipeline_commit(); }

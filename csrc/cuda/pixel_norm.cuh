@@ -349,7 +349,7 @@ template <typename T, typename Launch>
 void pixel_norm_fwd(const NormForward<T>& p, const DeviceLimits& device, Launch&& launch) {
   constexpr int n = kPackSize<T>;
   if (p.config.view.numel() == 0) return;
-  if (p.config.view.kept % n == 0 && aligned_packs({p.x, p.residual, p.y})) {
+  if (p.config.view.kept % n == 0 && aligned_to_16({p.x, p.residual, p.y})) {
     pixel_norm_fwd_of_width<n>(p, device, launch);
   } else {
     pixel_norm_fwd_of_width<1>(p, device, launch);
@@ -396,7 +396,7 @@ void pixel_norm_bwd(const NormBackward<T>& p, const DeviceLimits& device, Launch
     if ((p.dweight == nullptr && p.dbias == nullptr) || v.channels() == 0) return;
     return launch_add_samples<T>(launch, p, nullptr, nullptr, 0, v.channels());
   }
-  if (v.kept % n == 0 && aligned_packs({p.x, p.dy, p.residual, p.dx, p.dresidual})) {
+  if (v.kept % n == 0 && aligned_to_16({p.x, p.dy, p.residual, p.dx, p.dresidual})) {
     pixel_norm_bwd_of_width<n>(p, device, launch);
   } else {
     pixel_norm_bwd_of_width<1>(p, device, launch);

@@ -1,4 +1,5 @@
-// Sums over a warp, a block and a cluster, in an order that depends on the shape alone.
+// Sums (and maxima) over a warp, a block and a cluster, in an order that depends on the shape
+// alone.
 //
 //   function     adds up              scratch (shared, values of A)    result valid in
 //   warp_sum     `width` lanes        none                             every lane of the group
@@ -6,13 +7,16 @@
 //   cluster_sum  all threads of all   k * (kMaxWarps + kMaxCluster)    every thread of
 //                CTAs                                                  every CTA
 //
-// All take k sums at once. A warp adds by a butterfly (lane, lane ^ width/2, ...); each warp's
-// total is then added by the same butterfly over the warps, and the CTAs' totals in rank order.
-// Each call has one barrier between its writes and its reads, and none after: two calls in a row
-// must be given different scratch, and a third one may reuse the first's.
+// All take k sums at once; the *_reduce functions take the operation as well. A warp adds by a
+// butterfly (lane, lane ^ width/2, ...); each warp's total is then added by the same butterfly over
+// the warps, and the CTAs' totals in rank order. Each call has one barrier between its writes and
+// its reads, and none after: two calls in a row must be given different scratch, and a third one
+// may reuse the first's.
 #pragma once
 
 #include <cooperative_groups.h>
+
+#include <limits>
 
 #include "cuda/pack.cuh"
 
@@ -26,19 +30,42 @@ inline constexpr int kMaxWarps = 32;
 inline constexpr int kMaxCluster = 16;
 inline constexpr unsigned kFullWarp = 0xffffffffu;
 
-template <int k, typename A>
-FASTNORM_DEVICE void warp_sum(A (&v)[k], int width = 32) {
+struct Sum {
+  template <typename A>
+  static FASTNORM_DEVICE A identity() {
+    return A(0);
+  }
+  template <typename A>
+  static FASTNORM_DEVICE A of(A a, A b) {
+    return a + b;
+  }
+};
+
+// NaN is never taken.
+struct Max {
+  template <typename A>
+  static FASTNORM_DEVICE A identity() {
+    return -std::numeric_limits<A>::infinity();
+  }
+  template <typename A>
+  static FASTNORM_DEVICE A of(A a, A b) {
+    return b > a ? b : a;
+  }
+};
+
+template <typename Op, int k, typename A>
+FASTNORM_DEVICE void warp_reduce(A (&v)[k], int width = 32) {
   for (int offset = width / 2; offset > 0; offset /= 2) {
 #pragma unroll
-    for (int i = 0; i < k; ++i) v[i] += __shfl_xor_sync(kFullWarp, v[i], offset);
+    for (int i = 0; i < k; ++i) v[i] = Op::of(v[i], __shfl_xor_sync(kFullWarp, v[i], offset));
   }
 }
 
-template <int k, typename A>
-FASTNORM_DEVICE void block_sum(A (&v)[k], A* scratch) {
+template <typename Op, int k, typename A>
+FASTNORM_DEVICE void block_reduce(A (&v)[k], A* scratch) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int warps = static_cast<int>(blockDim.x) / 32;
-  warp_sum(v);
+  warp_reduce<Op>(v);
   if (warps == 1) return;
   if (lane == 0) {
 #pragma unroll
@@ -47,9 +74,9 @@ FASTNORM_DEVICE void block_sum(A (&v)[k], A* scratch) {
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < k; ++i) {
-    v[i] = lane < warps ? shared_load(scratch + i * kMaxWarps + lane) : A(0);
+    v[i] = lane < warps ? shared_load(scratch + i * kMaxWarps + lane) : Op::template identity<A>();
   }
-  warp_sum(v);
+  warp_reduce<Op>(v);
 }
 
 FASTNORM_DEVICE int cluster_size() {
@@ -86,9 +113,9 @@ FASTNORM_DEVICE void cluster_sync() {
 #endif
 }
 
-template <int k, typename A>
-FASTNORM_DEVICE void cluster_sum(A (&v)[k], A* scratch) {
-  block_sum(v, scratch);
+template <typename Op, int k, typename A>
+FASTNORM_DEVICE void cluster_reduce(A (&v)[k], A* scratch) {
+  block_reduce<Op>(v, scratch);
 #ifdef FASTNORM_HAS_CLUSTERS
   const int size = cluster_size(), rank = cluster_rank();
   A* totals = scratch + k * kMaxWarps;
@@ -100,10 +127,23 @@ FASTNORM_DEVICE void cluster_sum(A (&v)[k], A* scratch) {
   cluster_sync();
 #pragma unroll
   for (int i = 0; i < k; ++i) {
-    v[i] = A(0);
-    for (int r = 0; r < size; ++r) v[i] += shared_load(totals + i * kMaxCluster + r);
+    v[i] = Op::template identity<A>();
+    for (int r = 0; r < size; ++r) v[i] = Op::of(v[i], shared_load(totals + i * kMaxCluster + r));
   }
 #endif
+}
+
+template <int k, typename A>
+FASTNORM_DEVICE void warp_sum(A (&v)[k], int width = 32) {
+  warp_reduce<Sum>(v, width);
+}
+template <int k, typename A>
+FASTNORM_DEVICE void block_sum(A (&v)[k], A* scratch) {
+  block_reduce<Sum>(v, scratch);
+}
+template <int k, typename A>
+FASTNORM_DEVICE void cluster_sum(A (&v)[k], A* scratch) {
+  cluster_reduce<Sum>(v, scratch);
 }
 
 }  // namespace fastnorm

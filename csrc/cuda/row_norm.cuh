@@ -23,71 +23,12 @@
 #pragma once
 
 #include <algorithm>
-#include <initializer_list>
 
 #include "common/stats.h"
 #include "cuda/elementwise.cuh"
-#include "cuda/norm_cuda.h"
-#include "cuda/reduce.cuh"
+#include "cuda/row_shape.cuh"
 
 namespace fastnorm::cuda {
-
-// How a row is shared out. Threads of a row: `lanes` in each of `cluster` blocks; below 32 lanes a
-// block holds several rows.
-struct RowShape {
-  int lanes;
-  int cluster;
-};
-
-inline constexpr int kSmallThreads = 128;  // of a block whose rows have a warp or less
-inline constexpr int kRowThreads = 512;    // the most a row gets in one block
-inline constexpr int kRowCluster = 8;
-inline constexpr int kRowItems = 4;    // packs per thread in registers, or per step of a loop
-inline constexpr int kShortItems = 4;  // elements per thread of short rows without packs
-
-// Two sums in a row need scratch of their own.
-inline constexpr int kRowScratch = 2 * (kMaxWarps + kMaxCluster);
-
-// Sum over the threads of a row; valid in all of them.
-template <int k, typename A>
-FASTNORM_DEVICE void row_sum(A (&v)[k], const RowShape& shape, A* scratch) {
-  if (shape.lanes <= 32) {
-    warp_sum(v, shape.lanes);
-  } else if (shape.cluster == 1) {
-    block_sum(v, scratch);
-  } else {
-    cluster_sum(v, scratch);
-  }
-}
-
-// This thread's row and its first pack in it.
-struct RowThread {
-  int64_t row, rows;
-  int lane, step;  // packs lane, lane + step, lane + 2 step, ... of the row
-  bool first;      // the thread that stores the row's statistics
-
-  static FASTNORM_DEVICE RowThread of(const View& view, const RowShape& shape) {
-    RowThread t;
-    t.rows = view.statistics();
-    const int thread = static_cast<int>(threadIdx.x);
-    if (shape.lanes < 32) {
-      const int rows_per_block = static_cast<int>(blockDim.x) / shape.lanes;
-      t.row = static_cast<int64_t>(blockIdx.x) * rows_per_block + thread / shape.lanes;
-      t.lane = thread % shape.lanes;
-      t.step = shape.lanes;
-    } else if (shape.lanes == 32) {
-      t.row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + thread / 32;
-      t.lane = thread % 32;
-      t.step = 32;
-    } else {
-      t.row = blockIdx.x / shape.cluster;
-      t.lane = (shape.cluster == 1 ? 0 : cluster_rank() * shape.lanes) + thread;
-      t.step = shape.lanes * shape.cluster;
-    }
-    t.first = t.lane == 0;
-    return t;
-  }
-};
 
 // s = residual + dropout(x) of one pack, rounded to T as it is stored.
 template <typename T, int n>
@@ -150,7 +91,7 @@ __global__ __launch_bounds__(threads, 1) void row_norm_fwd_kernel(NormForward<T>
   const int64_t size = p.config.view.reduce_inner;
   A* scratch = reinterpret_cast<A*>(dynamic_shared());
   if (shape.cluster > 1) cluster_arrive();
-  const RowThread t = RowThread::of(p.config.view, shape);
+  const RowThread t = RowThread::of(p.config.view.statistics(), shape);
   const int64_t base = t.row * size;
   const int packs = t.row < t.rows ? static_cast<int>(size / width) : 0;
   const bool centered = p.config.statistic == Statistic::MeanVar;
@@ -259,7 +200,7 @@ __global__ __launch_bounds__(kRowThreads, 1) void row_norm_fwd_staged_kernel(Nor
   T* stage = reinterpret_cast<T*>(scratch + kRowScratch) + threadIdx.x * width;
   const int distance = static_cast<int>(blockDim.x) * width;
   if (shape.cluster > 1) cluster_arrive();
-  const RowThread t = RowThread::of(p.config.view, shape);
+  const RowThread t = RowThread::of(p.config.view.statistics(), shape);
   const int64_t base = t.row * size;
   const int packs = static_cast<int>(size / width);
   const int items = t.lane < packs ? (packs - t.lane + t.step - 1) / t.step : 0;
@@ -331,7 +272,7 @@ __global__ __launch_bounds__(kRowThreads, 1) void row_norm_fwd_streaming_kernel(
   const int64_t size = p.config.view.reduce_inner, packs = size / width;
   A* scratch = reinterpret_cast<A*>(dynamic_shared());
   if (shape.cluster > 1) cluster_arrive();
-  const RowThread t = RowThread::of(p.config.view, shape);
+  const RowThread t = RowThread::of(p.config.view.statistics(), shape);
   const int64_t base = t.row * size;
   const bool centered = p.config.statistic == Statistic::MeanVar;
   const Drop<A> drop = Drop<A>::of(p.config.dropout);
@@ -414,31 +355,6 @@ __global__ __launch_bounds__(kRowThreads, 1) void row_norm_fwd_streaming_kernel(
                                                : load_streaming<width>(p.x + index);
     store(p.y + index, normalize_pack(p, x, mean, rstd, weight, bias, add, residual, drop, index));
   }
-}
-
-// Whether every pack of `width` elements of these pointers is aligned.
-inline bool aligned_to_16(std::initializer_list<const void*> pointers) {
-  uintptr_t all = 0;
-  for (const void* pointer : pointers) all |= reinterpret_cast<uintptr_t>(pointer);
-  return all % 16 == 0;
-}
-
-// Lanes of a row of `packs` packs in a warp: the next power of two.
-inline int lanes_for(int64_t packs) {
-  int lanes = 1;
-  while (lanes < packs && lanes < 32) lanes *= 2;
-  return lanes;
-}
-
-// Threads of a block that holds `packs` packs, `items` per thread: whole warps.
-inline unsigned threads_for(int64_t packs, int items) {
-  return static_cast<unsigned>((packs + 32 * items - 1) / (32 * items) * 32);
-}
-
-// Blocks of one warp per row or less.
-inline LaunchShape launch_of_warps(int64_t rows, int lanes) {
-  const int64_t per_block = kSmallThreads / lanes;
-  return {static_cast<unsigned>((rows + per_block - 1) / per_block), kSmallThreads};
 }
 
 // The launch of a forward pass: by row length, 16-byte width and what the device has.

@@ -126,13 +126,6 @@ struct Staging {
   FASTNORM_DEVICE T* at(int stage, int tensor, int i) const {
     return mine + ((stage * 3 + tensor) * items + i) * distance;
   }
-  FASTNORM_DEVICE void fetch(T* slot, const T* source) const {
-    if constexpr (sizeof(T) * width >= 4) {
-      copy_async<width>(slot, source);
-    } else {
-      shared_store(slot, load_streaming<width>(source));
-    }
-  }
 };
 
 template <typename T, int width>
@@ -146,7 +139,7 @@ __global__ __launch_bounds__(kBackwardThreads) void row_norm_bwd_kernel(NormBack
   const Staging<T, width, items> staging{
       reinterpret_cast<T*>(scratch + 2 * kRowScratch) + threadIdx.x * width,
       static_cast<int>(blockDim.x) * width};
-  RowThread t = RowThread::of(p.config.view, shape.row);
+  RowThread t = RowThread::of(p.config.view.statistics(), shape.row);
   const int rows_per_block = static_cast<int>(blockDim.x) / shape.row.lanes;
   const int64_t jump = shape.groups * rows_per_block;
   const int packs = static_cast<int>(size / width);
@@ -163,9 +156,9 @@ __global__ __launch_bounds__(kBackwardThreads) void row_norm_bwd_kernel(NormBack
       const int k = t.lane + i * t.step;
       if (k >= packs) continue;
       const int64_t index = row * size + k * int64_t{width};
-      staging.fetch(staging.at(stage, 0, i), p.x + index);
-      if (p.dy != nullptr) staging.fetch(staging.at(stage, 1, i), p.dy + index);
-      if (third != nullptr) staging.fetch(staging.at(stage, 2, i), third + index);
+      fetch_async<width>(staging.at(stage, 0, i), p.x + index);
+      if (p.dy != nullptr) fetch_async<width>(staging.at(stage, 1, i), p.dy + index);
+      if (third != nullptr) fetch_async<width>(staging.at(stage, 2, i), third + index);
     }
   };
 
@@ -289,7 +282,7 @@ __global__ __launch_bounds__(kBackwardThreads,
   const int64_t size = p.config.view.reduce_inner, packs = size / width;
   A* scratch = reinterpret_cast<A*>(dynamic_shared());
   if (shape.row.cluster > 1) cluster_arrive();
-  RowThread t = RowThread::of(p.config.view, shape.row);
+  RowThread t = RowThread::of(p.config.view.statistics(), shape.row);
   const bool centered = p.config.statistic == Statistic::MeanVar;
   const bool by_column = p.config.view.inner == 1 && p.config.view.kept == 1;
   const bool sums = by_column && (p.dweight != nullptr || p.dbias != nullptr);
