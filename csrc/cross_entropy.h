@@ -28,7 +28,7 @@ inline at::Tensor converted(const OptionalTensor& t, at::ScalarType dtype) {
 }
 
 template <typename A>
-const A* data_or_null(const at::Tensor& t) {
+const A* pointer_or_null(const at::Tensor& t) {
   return t.defined() ? t.const_data_ptr<A>() : nullptr;
 }
 

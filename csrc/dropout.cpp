@@ -20,6 +20,7 @@
 
 #include "autograd.h"
 #include "cpu/dropout_cpu.h"
+#include "dropout_op.h"
 #include "eager.h"
 #include "seed.h"
 
@@ -62,34 +63,6 @@ at::Tensor draw_seed(const at::Tensor& like, const std::optional<at::Generator>&
 
 namespace {
 
-void check_operand(const at::Tensor& x, const OptionalTensor& t) {
-  TORCH_CHECK(!has(t) || (t->scalar_type() == x.scalar_type() && t->sizes() == x.sizes() &&
-                          t->strides() == x.strides() && t->device() == x.device()),
-              "fastnorm: expected a tensor like the input");
-}
-
-DropoutConfig checked_config(const at::Tensor& x, const OptionalTensor& bias,
-                             const OptionalTensor& seed, at::IntArrayRef view, int64_t activation,
-                             double p, int64_t kind) {
-  TORCH_CHECK(view.size() == 3, "fastnorm: a mask view has 3 numbers, got ", view.size());
-  TORCH_CHECK(p >= 0.0 && p <= 1.0, "fastnorm: p must be between 0 and 1, got ", p);
-  const MaskView mask{view[0], view[1], view[2]};
-  TORCH_CHECK(x.is_non_overlapping_and_dense() && x.numel() == mask.numel(),
-              "fastnorm: the input must be dense with ", mask.numel(), " elements");
-  TORCH_CHECK(mask.shared == 1 || (!has(bias) && activation == 0),
-              "fastnorm: bias and activation go with masks of single elements alone");
-  TORCH_CHECK(!has(bias) || (x.is_contiguous() && bias->dim() == 1 && bias->is_contiguous() &&
-                             bias->numel() == x.size(-1) && bias->device() == x.device() &&
-                             bias->scalar_type() == x.scalar_type()),
-              "fastnorm: bias goes with a contiguous input and has the size of its last dimension");
-  TORCH_CHECK(!has(seed) || (seed->scalar_type() == at::kLong && seed->numel() == 1 &&
-                             seed->device() == x.device()),
-              "fastnorm: the seed is one int64 element on the input's device");
-  return DropoutConfig::of(mask, static_cast<Activation>(activation), p,
-                           static_cast<DropoutKind>(kind),
-                           has(seed) ? seed->const_data_ptr<int64_t>() : nullptr);
-}
-
 // The bias in the accumulation type, converted once.
 template <typename T>
 class Bias {
@@ -112,8 +85,8 @@ class Bias {
 void forward_into(const at::Tensor& y, const at::Tensor& x, const OptionalTensor& bias,
                   const OptionalTensor& residual, const OptionalTensor& seed, at::IntArrayRef view,
                   int64_t activation, double p, int64_t kind) {
-  const DropoutConfig config = checked_config(x, bias, seed, view, activation, p, kind);
-  check_operand(x, residual);
+  const DropoutConfig config =
+      checked_dropout(x, {residual}, bias, seed, view, activation, p, kind);
   if (x.numel() == 0) return;
   visit_dtype(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -140,8 +113,7 @@ void dropout_inplace_cpu(const at::Tensor& x, const at::Tensor& seed, at::IntArr
 at::Tensor dropout_bwd_cpu(const at::Tensor& grad, const OptionalTensor& x,
                            const OptionalTensor& bias, const OptionalTensor& seed,
                            at::IntArrayRef view, int64_t activation, double p, int64_t kind) {
-  const DropoutConfig config = checked_config(grad, bias, seed, view, activation, p, kind);
-  check_operand(grad, x);
+  const DropoutConfig config = checked_dropout(grad, {x}, bias, seed, view, activation, p, kind);
   TORCH_CHECK(activation == 0 || has(x), "fastnorm: the activation's derivative needs x");
   at::Tensor dx = at::empty_like(grad);
   if (grad.numel() == 0) return dx;
