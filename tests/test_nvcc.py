@@ -1,7 +1,10 @@
-"""nvcc compiles every kernel and launcher; registers and spills are those on record.
+"""nvcc compiles every kernel and launcher; registers and occupancy are those on record.
 
-nvcc_registers.json has, per architecture, the registers of every kernel: a ceiling. A kernel that
-needs more, that spills, that is missing, or that isn't on record fails. After a deliberate change:
+nvcc_registers.json has, per architecture, the registers of every kernel (a ceiling), its launch
+bound, and the warps of a multiprocessor that registers and launch bound leave room for (a floor;
+shared memory, which is dynamic in every kernel, is the launchers' affair: test_simt_traffic.py). A
+kernel that needs more, that spills or has local memory, whose 16-byte accesses are gone, that is
+missing, or that isn't on record fails. After a deliberate change:
 python tests/test_nvcc.py --update
 """
 
@@ -17,7 +20,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from typing import Any
 
+import cubin
 import filelock
 import pytest
 
@@ -25,6 +31,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECORD = pathlib.Path(__file__).with_name("nvcc_registers.json")
 ARCHITECTURES = ("80", "90", "100")
 HEADERS = ("csrc/*.h", "csrc/common/*.h", "csrc/cuda/*.h", "csrc/cuda/*.cuh")
+CUBIN = "cubin: "
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
@@ -92,16 +99,20 @@ def report_of(source: pathlib.Path, architecture: str) -> tuple[list[str], pathl
 
 
 def compile_source(source: pathlib.Path, architecture: str) -> str:
-    """What nvcc and ptxas say about `source`, from the cache if nothing has changed."""
+    """What nvcc and ptxas say about `source`, and after them a line with what its cubin says."""
     command, report = report_of(source, architecture)
     with filelock.FileLock(f"{report}.lock"):
         if not report.exists():
-            result = subprocess.run(
-                [*command, str(source), "-o", os.devnull], capture_output=True, text=True
-            )
-            output = result.stdout + result.stderr
-            if result.returncode:
-                raise RuntimeError(f"{' '.join(command)} {source}\n{output}")
+            with tempfile.TemporaryDirectory(dir=report.parent) as folder:
+                target = [str(source), "-o", f"{folder}/out.cubin"]
+                if "-c" in command:  # an object file; the cubin inside is an intermediate result
+                    target = [str(source), "-o", f"{folder}/out.o", "-keep", "-keep-dir", folder]
+                result = subprocess.run([*command, *target], capture_output=True, text=True)
+                output = result.stdout + result.stderr
+                if result.returncode:
+                    raise RuntimeError(f"{' '.join(command)} {source}\n{output}")
+                (compiled,) = pathlib.Path(folder).glob("*.cubin")
+                output += "\n" + CUBIN + json.dumps(cubin.kernels(compiled.read_bytes())) + "\n"
             part = report.with_suffix(f".{os.getpid()}")
             part.write_text(output)
             part.rename(report)
@@ -136,24 +147,40 @@ def _demangled(names: list[str]) -> list[str]:
     ]
 
 
+def resident_warps(registers: int, threads: int) -> int:
+    """Warps of a multiprocessor: 64 K registers, given out to a warp in units of 256, for 64 warps
+    at most, in whole blocks of which there are at most 32; the same from sm_80 to sm_100."""
+    per_block = -(-threads // 32)
+    by_registers = 65536 // (-(-registers * 32 // 256) * 256)
+    return min(64 // per_block, by_registers // per_block, 32) * per_block
+
+
 @functools.cache
 def measured() -> dict[str, dict[str, dict[str, int]]]:
-    """architecture -> kernel -> registers, spills (bytes), stack (bytes)."""
+    """architecture -> kernel -> registers, spills (bytes), shared (bytes of static shared memory),
+    warps, and what cubin.kernels counts."""
     entry = re.compile(
         r"Compiling entry function '(?P<name>\w+)' for 'sm_\d+'.*?"
-        r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
-        r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+        r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+        r"Used (?P<registers>\d+) registers(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
         re.DOTALL,
     )
     table: dict[str, dict[str, dict[str, int]]] = {f"sm_{a}": {} for a in ARCHITECTURES}
     for architecture, said in compile_all().items():
+        compiled: dict[str, Any] = {}
+        for line in said.splitlines():
+            if line.startswith(CUBIN):
+                compiled |= json.loads(line.removeprefix(CUBIN))
         found = list(entry.finditer(said))
         names = _demangled([match["name"] for match in found])
         for match, name in zip(found, names, strict=True):
+            registers, code = int(match["registers"]), compiled[match["name"]]
             table[f"sm_{architecture}"][name] = {
-                "registers": int(match["registers"]),
+                "registers": registers,
                 "spills": int(match["stores"]) + int(match["loads"]),
-                "stack": int(match["stack"]),
+                "shared": int(match["shared"] or 0),
+                "warps": resident_warps(registers, code["threads"]),
+                **code,
             }
     return table
 
@@ -177,21 +204,45 @@ def test_kernels_are_those_on_record(
 
 @pytest.mark.parametrize("architecture", [f"sm_{a}" for a in ARCHITECTURES])
 def test_no_kernel_spills(table: dict[str, dict[str, dict[str, int]]], architecture: str) -> None:
-    spilled = {name: k for name, k in table[architecture].items() if k["spills"]}
-    assert not spilled
+    """Nor has local memory for arrays with a runtime index, nor shared memory of a fixed size."""
+    kernels = table[architecture].items()
+    assert not {name: k for name, k in kernels if k["spills"] or k["local"] or k["shared"]}
 
 
 @pytest.mark.parametrize("architecture", [f"sm_{a}" for a in ARCHITECTURES])
-def test_registers_stay_under_their_ceiling(
+def test_packs_are_sixteen_byte_instructions(
+    table: dict[str, dict[str, dict[str, int]]], architecture: str
+) -> None:
+    packed = re.compile(r"^(row|pixel|dropout|cross|scale).*, [248]>$|^(column|plane)_norm")
+    seen = 0
+    for name, kernel in table[architecture].items():
+        if packed.search(name):
+            assert kernel["wide_loads"] and kernel["wide_stores"], name
+            seen += 1
+    assert seen == 40
+
+
+@pytest.mark.parametrize("architecture", [f"sm_{a}" for a in ARCHITECTURES])
+def test_registers_and_occupancy_are_no_worse_than_recorded(
     table: dict[str, dict[str, dict[str, int]]], architecture: str
 ) -> None:
     recorded = json.loads(RECORD.read_text())[architecture]
-    above = {
-        name: (k["registers"], recorded[name])
-        for name, k in table[architecture].items()
-        if name in recorded and k["registers"] > recorded[name]
-    }
-    assert not above, "measured and recorded registers; see the head of test_nvcc.py"
+    for name, kernel in table[architecture].items():
+        record = recorded.get(name)
+        if record is None:
+            continue  # another test's failure
+        assert kernel["threads"] == record["threads"], name
+        assert kernel["registers"] <= record["registers"], name
+        assert kernel["warps"] >= record["warps"], name
+
+
+def test_resident_warps() -> None:
+    assert resident_warps(32, 1024) == 64
+    assert resident_warps(33, 1024) == 32  # 1280 registers a warp: 51 warps, one block
+    assert resident_warps(64, 512) == 32
+    assert resident_warps(168, 128) == 12
+    assert resident_warps(255, 128) == 8
+    assert resident_warps(16, 32) == 32  # 32 blocks
 
 
 def main() -> None:
@@ -200,18 +251,22 @@ def main() -> None:
     reason = reason_to_skip()
     if reason:
         raise SystemExit(reason)
-    table = {
-        architecture: {name: kernel["registers"] for name, kernel in sorted(kernels.items())}
-        for architecture, kernels in measured().items()
-    }
-    RECORD.write_text(json.dumps(table, indent=1) + "\n")
+    blocks = []
+    for architecture, kernels in measured().items():
+        lines = [
+            f"  {json.dumps(name)}: "
+            + json.dumps({key: kernel[key] for key in ("registers", "threads", "warps")})
+            for name, kernel in sorted(kernels.items())
+        ]
+        blocks.append(f' "{architecture}": {{\n' + ",\n".join(lines) + "\n }")
+    RECORD.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
     spilled = [
-        f"{architecture} {name}: {kernel['spills']} bytes"
+        f"{architecture} {name}: {kernel['spills']} bytes, {kernel['local']} local accesses"
         for architecture, kernels in measured().items()
         for name, kernel in kernels.items()
-        if kernel["spills"]
+        if kernel["spills"] or kernel["local"]
     ]
-    print(f"{RECORD.name}: {sum(map(len, table.values()))} kernels")
+    print(f"{RECORD.name}: {sum(map(len, measured().values()))} kernels")
     if spilled:
         raise SystemExit("spills:\n" + "\n".join(spilled))
 

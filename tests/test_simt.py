@@ -196,7 +196,8 @@ def test_counters(lib: driver.Library, stride: int) -> None:
     assert report["widths"] == {"4": 32, "16": 32}
     assert report["buffers"]["x"] == {"loaded": 128, "stored": 0}
     assert report["buffers"]["y"] == {"loaded": 0, "stored": 512}
-    assert report["shared"] == {"requests": 1, "wavefronts": stride}
+    assert report["shared"] == {"requests": 1, "wavefronts": stride, "least_wavefronts": 1}
+    assert report["launch"] == {"grid": 1, "threads": 32, "shared": 128 * stride, "cluster": 1}
 
 
 def test_sixteen_bit_conversions(lib: driver.Library) -> None:

@@ -72,9 +72,7 @@ class Call(NamedTuple):
             "loss": None if self.reduction == "none" else torch.full((1,), nan, dtype=wide),
             "scale": torch.ones(1, dtype=wide),
         }
-        arrays = [
-            {name: norms._bytes(t) for name, t in part.items()} for part in (inputs, outputs)
-        ]
+        arrays = [{name: norms._bytes(t) for name, t in part.items()} for part in (inputs, outputs)]
         pointers = (ctypes.c_void_p * 10)(
             *(None if a is None else a.ctypes.data for part in arrays for a in part.values())
         )
@@ -305,19 +303,23 @@ def test_bytes_moved(
         assert kernel["store"]["bytes"] == size * need_grad + 2 * 2 * 4
 
 
+def scale(lib: driver.Library, grad: torch.Tensor, factor: torch.Tensor) -> None:
+    arrays = {"factor": norms._bytes(factor)}, {"grad": norms._bytes(grad)}
+    with lib.buffers(*arrays):
+        lib.call(
+            "scale_gradient", norms.DTYPES[grad.dtype], np.array([grad.numel()]),
+            arrays[1]["grad"], arrays[0]["factor"],
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [1, 63, 64, 20001])
 def test_scale_gradient(lib: driver.Library, dtype: torch.dtype, count: int) -> None:
     grad = torch.randn(count, dtype=torch.float64).to(dtype)
     for factor in (1.0, 0.3):
-        ours = grad.clone()
-        by = torch.tensor([factor], dtype=norms.accumulate(dtype))
-        arrays = {"factor": norms._bytes(by)}, {"grad": norms._bytes(ours)}
-        with lib.counting(), lib.buffers(*arrays):
-            lib.call(
-                "scale_gradient", norms.DTYPES[dtype], np.array([count]),
-                arrays[1]["grad"], arrays[0]["factor"],
-            )  # fmt: skip
+        ours, by = grad.clone(), torch.tensor([factor], dtype=norms.accumulate(dtype))
+        with lib.counting():
+            scale(lib, ours, by)
         assert torch.equal(ours, (grad.to(by.dtype) * by).to(dtype))
         moved = 0 if factor == 1 else count * dtype.itemsize
         assert lib.report()["buffers"]["grad"] == {"loaded": moved, "stored": moved}

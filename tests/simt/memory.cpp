@@ -29,8 +29,12 @@ std::map<RequestKey, Request> shared_requests;
 struct Totals {
   uint64_t bytes = 0, accesses = 0, requests = 0, segments = 0, least_segments = 0;
 };
+struct SharedTotals {
+  uint64_t requests = 0, wavefronts = 0, least_wavefronts = 0;
+};
 Totals loads, stores;
-uint64_t shared_requests_seen = 0, shared_wavefronts = 0;
+SharedTotals shared_totals;
+std::string launch_shape;
 std::map<unsigned, uint64_t> widths;            // bytes per lane access -> accesses
 std::map<std::string, uint64_t> bytes_by_hint;  // cache operator -> bytes
 std::string kernel_name;
@@ -81,8 +85,9 @@ void check(const Fiber& fiber, uintptr_t address, unsigned bytes, bool store, Bu
 }
 
 // 32 banks of 4 bytes; wide accesses go in groups of lanes that ask for 128 bytes together.
-unsigned wavefronts(const Request& request) {
-  unsigned total = 0;
+// The fewest are as many as the distinct bytes fill.
+void add_wavefronts(const Request& request) {
+  ++shared_totals.requests;
   const unsigned bytes = request.lanes.front().second;
   const size_t per_group = bytes <= 4 ? 32 : 128 / bytes;
   for (size_t first = 0; first < request.lanes.size(); first += per_group) {
@@ -94,11 +99,14 @@ unsigned wavefronts(const Request& request) {
         words[word % 32].insert(word);
       }
     }
-    size_t worst = 0;
-    for (const auto& [bank, distinct] : words) worst = std::max(worst, distinct.size());
-    total += static_cast<unsigned>(worst);
+    size_t worst = 0, all = 0;
+    for (const auto& [bank, distinct] : words) {
+      worst = std::max(worst, distinct.size());
+      all += distinct.size();
+    }
+    shared_totals.wavefronts += worst;
+    shared_totals.least_wavefronts += (all + 31) / 32;
   }
-  return total;
 }
 
 void complete(const std::vector<Copy>& group) {
@@ -107,10 +115,14 @@ void complete(const std::vector<Copy>& group) {
 
 }  // namespace
 
-void begin_accounting(const char* kernel) {
+void begin_accounting(const char* kernel, const Launch& launch) {
   kernel_name = kernel;
+  launch_shape = "{\"grid\":" + std::to_string(launch.grid.x) +
+                 ",\"threads\":" + std::to_string(launch.block.x) +
+                 ",\"shared\":" + std::to_string(launch.shared) +
+                 ",\"cluster\":" + std::to_string(launch.cluster) + "}";
   loads = stores = Totals{};
-  shared_requests_seen = shared_wavefronts = 0;
+  shared_totals = SharedTotals{};
   widths.clear();
   bytes_by_hint.clear();
   requests.clear();
@@ -132,10 +144,7 @@ void end_block_accounting() {
     totals.least_segments += (bytes + 127) / 128;
   }
   requests.clear();
-  for (const auto& [key, request] : shared_requests) {
-    ++shared_requests_seen;
-    shared_wavefronts += wavefronts(request);
-  }
+  for (const auto& [key, request] : shared_requests) add_wavefronts(request);
   shared_requests.clear();
 }
 
@@ -155,7 +164,9 @@ __attribute__((noinline)) void global_access(const void* pointer, unsigned bytes
   const void* site = __builtin_return_address(0);
   Request& request = requests[{fiber.warp, site, visit(fiber, site)}];
   request.store = store;
-  request.lanes.emplace_back(address, bytes);
+  // Segments begin where the buffer does: torch aligns its memory to more than 128 bytes.
+  const uintptr_t begin = buffer == nullptr ? 0 : buffer->begin % 128;
+  request.lanes.emplace_back(address - begin, bytes);
 }
 
 __attribute__((noinline)) void shared_access(const void* pointer, unsigned bytes, bool store) {
@@ -220,9 +231,11 @@ void end_accounting() {
            ",\"least_segments\":" + std::to_string(t.least_segments) + "}";
   };
   std::string text = "{\"kernel\":\"" + kernel_name + "\",\"load\":" + totals(loads) +
-                     ",\"store\":" + totals(stores) +
-                     ",\"shared\":{\"requests\":" + std::to_string(shared_requests_seen) +
-                     ",\"wavefronts\":" + std::to_string(shared_wavefronts) + "},\"widths\":{";
+                     ",\"store\":" + totals(stores) + ",\"launch\":" + launch_shape +
+                     ",\"shared\":{\"requests\":" + std::to_string(shared_totals.requests) +
+                     ",\"wavefronts\":" + std::to_string(shared_totals.wavefronts) +
+                     ",\"least_wavefronts\":" + std::to_string(shared_totals.least_wavefronts) +
+                     "},\"widths\":{";
   std::string separator;
   for (const auto& [bytes, count] : widths) {
     text += separator + "\"" + std::to_string(bytes) + "\":" + std::to_string(count);

@@ -355,7 +355,7 @@ int run(const char* name, const Launch& config, const std::function<void()>& bod
   kernel_body = &body;
   cooperative = config.cooperative;
   generator.seed(settings.seed);
-  begin_accounting(name);
+  begin_accounting(name, config);
 
   // grid.x runs fastest; a cluster is neighbours along x.
   const uint64_t blocks = uint64_t{config.grid.x} * config.grid.y * config.grid.z;

@@ -68,7 +68,7 @@ std::string describe(const Fiber& fiber);
 bool inside_shared(const Block& block, const void* pointer, size_t bytes);
 
 // Memory accounting of the launch in progress (memory.cpp).
-void begin_accounting(const char* kernel);
+void begin_accounting(const char* kernel, const Launch& launch);
 void end_block_accounting();
 void end_accounting();
 
