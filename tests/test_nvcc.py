@@ -219,7 +219,7 @@ def test_packs_are_sixteen_byte_instructions(
         if packed.search(name):
             assert kernel["wide_loads"] and kernel["wide_stores"], name
             seen += 1
-    assert seen == 40
+    assert seen == 52
 
 
 @pytest.mark.parametrize("architecture", [f"sm_{a}" for a in ARCHITECTURES])

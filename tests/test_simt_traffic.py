@@ -185,7 +185,7 @@ def test_kernels_that_claim_it_have_no_bank_conflicts() -> None:
     for kernel in ("row_norm_fwd, staged", "row_norm_bwd, block"):
         assert recorded["row_norm"][kernel]["conflicts"] == 1
     for kernel, entry in recorded["cross_entropy"].items():
-        assert entry["conflicts"] == 1, kernel
+        assert entry["conflicts"] <= 1, kernel  # 0: no shared memory
 
 
 def main() -> None:
