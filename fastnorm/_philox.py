@@ -83,7 +83,8 @@ def draw_seed(input: Tensor, generator: torch.Generator | None = None) -> Tensor
         and not torch.compiler.is_exporting()
         and (_build.module is not None or _build.load() is not None)
     ):
-        return torch.ops.fastnorm.draw_seed(input, generator)
-    seed = torch.randint(2**63 - 1, (1,), device=input.device, generator=generator)
+        seed = torch.ops.fastnorm.draw_seed(input, generator)
+    else:
+        seed = torch.randint(2**63 - 1, (1,), device=input.device, generator=generator)
     index = getattr(_part, "index", 0)
     return seed ^ (index * 0x9E3779B97F4A7C15 % 2**63) if index else seed

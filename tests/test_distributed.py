@@ -484,6 +484,17 @@ def norms_of_dtensors() -> None:
                     a.grad.full_tensor(), e.grad, rtol=1e-5, atol=1e-5, msg=what
                 )
 
+    plane = dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=("batch", "sequence"))
+    whole = [t.clone().requires_grad_() for t in (row, w, b)]
+    sharded = [
+        distribute_tensor(t.detach(), plane, p).requires_grad_()
+        for t, p in zip(whole, ([Shard(0), Shard(1)], *[[Replicate()] * 2] * 2), strict=True)
+    ]
+    for tensors in (whole, sharded):
+        layer(tensors[0], (c,), *tensors[1:]).square().sum().backward()
+    for a, e in zip(sharded, whole, strict=True):
+        torch.testing.assert_close(a.grad.full_tensor(), e.grad)
+
     shard = distribute_tensor(image, mesh, [Shard(0)])
     with pytest.raises(TypeError, match="weight: expected a DTensor"):
         fastnorm.group_norm(shard, 2, w)
@@ -526,6 +537,14 @@ def dropout_of_dtensors() -> None:
     assert ((channels == 0).all(-1) | (channels == 2).all(-1)).all()
     _, depth = dropped(lambda x: fastnorm.stochastic_depth(x, 0.5, "batch"), Shard(0))
     assert depth.unique().numel() == 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: fastnorm.dropout(x, 0.5), backend="aot_eager", fullgraph=True
+    )
+    torch.testing.assert_close(
+        dropped(compiled, Shard(0))[1], dropped(lambda x: fastnorm.dropout(x, 0.5), Shard(0))[1]
+    )
 
     block = nn.ModuleDict({"norm": fastnorm.LayerNorm(16), "drop": fastnorm.Dropout(0.5)})
     plan = {"norm": SequenceParallel(), "drop": SequenceParallel()}
