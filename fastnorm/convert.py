@@ -79,6 +79,7 @@ _EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
 _RECORD = "_fastnorm_replaced"
 FOLDED = "_fastnorm_folded"  # what `fuse` folded into a norm
 BASE = "_fastnorm_base"  # the class of a module whose forward `fuse` rewrote
+NORMS = "_fastnorm_norms"  # and the names of the norms that it calls otherwise than before
 
 
 @dataclass(frozen=True)
@@ -150,27 +151,41 @@ class Fold(NamedTuple):
     dropout_p: float
 
     def apply(self, norm: nn.Module) -> None:
-        norm.__class__ = self.fused
+        if self.plain is not self.fused:
+            norm.__class__ = self.fused
         vars(norm).update({"activation": self.activation, "dropout_p": self.dropout_p})
         vars(norm)[FOLDED] = self
 
 
+class _Skip(Exception):
+    pass
+
+
+_CHANGED = "its class was changed again after {}: undo that first"
+
+
 def unfold(module: nn.Module) -> str | None:
-    """Undoes `fuse` on one module; returns the class that it has then, None if it had nothing."""
-    fold: Fold | None = vars(module).pop(FOLDED, None)
-    base = getattr(type(module), BASE, None)
+    """Undoes `fuse` on one module; returns the class that it has then, None if it had nothing.
+
+    Raises:
+        _Skip: somebody else gave the module another class since.
+    """
+    cls = type(module)
+    fold: Fold | None = vars(module).get(FOLDED)
     if fold is not None:
-        module.__class__ = fold.plain
+        if fold.plain is not fold.fused:
+            if cls is not fold.fused:
+                raise _Skip(_CHANGED.format("fuse"))
+            module.__class__ = fold.plain
+        del vars(module)[FOLDED]
         vars(module).update({"activation": None, "dropout_p": 0.0})
-    elif base is not None:
-        module.__class__ = base
+    elif BASE in vars(cls):
+        module.__class__ = vars(cls)[BASE]
+    elif hasattr(cls, BASE):
+        raise _Skip(_CHANGED.format("fuse"))
     else:
         return None
     return class_name(type(module))
-
-
-class _Skip(Exception):
-    pass
 
 
 def class_name(cls: type) -> str:
@@ -280,12 +295,12 @@ def _library_norm(module: nn.Module) -> tuple[type[nn.Module], dict[str, Any]]:
     tried: list[tuple[tuple[int, ...], Callable[..., Tensor], dict[str, Any]]]
     if layer:
         tried = [
-            ((2, c), lambda x, w, b: F.layer_norm(x, shape, w, b, eps), {"dim": None}),
+            ((2, c), lambda x, w, b: F.layer_norm(x, shape, w, b, eps), {}),
             ((c, 2, 3), lambda x, w, b: _channels_norm(x, w, b, eps), {"dim": 1}),
         ]
     else:
         tried = [
-            ((2, c), lambda x, w, b: F.rms_norm(x, shape, w, eps), {"weight_offset": 0.0}),
+            ((2, c), lambda x, w, b: F.rms_norm(x, shape, w, eps), {}),
             ((2, c), lambda x, w, b: F.rms_norm(x, shape, 1 + w, eps), {"weight_offset": 1.0}),
         ]
     for size, formula, options in tried:
@@ -294,6 +309,9 @@ def _library_norm(module: nn.Module) -> tuple[type[nn.Module], dict[str, Any]]:
                 same = _prove(module, size, formula)
         except Exception:  # whatever a foreign forward raises: it is not this norm
             same = False
+        if same and "dim" in options:
+            # Ours would be right, and slow what follows: convolutions that now see channels-last.
+            raise _Skip("it permutes channels-first input, and its result is channels-last")
         if same:
             theirs = nn.LayerNorm if layer else nn.RMSNorm
             attributes = dict(_additions(theirs)[0])
@@ -354,7 +372,7 @@ def unswap(module: nn.Module) -> str | None:
             raise _Skip("built as fastnorm's, nothing to go back to")
         return None
     if type(module) is not record.ours:
-        raise _Skip("its class was changed again after replace: undo that first")
+        raise _Skip(_CHANGED.format("replace"))
     for name, value in record.added.items():
         if vars(module)[name] != value:
             raise _Skip(
@@ -370,9 +388,13 @@ def unswap(module: nn.Module) -> str | None:
     return record.theirs.__name__
 
 
-def _walk(model: nn.Module, change: Callable[[nn.Module], str | None]) -> Report:
+def check_model(model: object) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def _walk(model: nn.Module, change: Callable[[nn.Module], str | None]) -> Report:
     report = Report()
     for name, module in places(model):
         before = class_name(type(module))
@@ -422,7 +444,7 @@ def replace(model: nn.Module) -> Report:
             1  LayerNorm -> fastnorm.LayerNorm  [1]
             1  Dropout -> fastnorm.Dropout  [2]
     """
-    return _walk(model, _swap)
+    return _walk(check_model(model), _swap)
 
 
 def restore(model: nn.Module) -> Report:
@@ -447,4 +469,15 @@ def restore(model: nn.Module) -> Report:
         1 swapped, 0 skipped
             1  fastnorm.LayerNorm -> LayerNorm  [1]
     """
-    return _walk(model, unswap)
+    folding = {
+        m.get_submodule(name)
+        for m in check_model(model).modules()
+        for name in getattr(type(m), NORMS, ())
+    }
+
+    def change(module: nn.Module) -> str | None:
+        if FOLDED in vars(module) and module not in folding:
+            raise _Skip("fused into a module outside of this part: restore that")
+        return unswap(module)
+
+    return _walk(model, change)

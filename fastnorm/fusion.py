@@ -487,6 +487,7 @@ def _fused_class(recipe: _Recipe) -> type[nn.Module]:
             "__reduce_ex__": __reduce_ex__,
             "forward": forward,
             convert.BASE: base,
+            convert.NORMS: recipe.norms,
         },
     )
     return cls
@@ -622,8 +623,7 @@ def fuse(model: nn.Module, *example_inputs: Any, **example_kwargs: Any) -> FuseR
         1 fused, 0 not; replaced: 1 swapped, 0 skipped
             1  fastnorm.BatchNorm2d -> fastnorm.BatchNorm2d + relu  [1]
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    convert.check_model(model)
     if not example_inputs and not example_kwargs:
         raise TypeError("example_inputs: expected what to call the model with, got nothing")
     example = example_inputs, example_kwargs

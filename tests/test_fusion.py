@@ -442,6 +442,49 @@ def test_fusing_twice_changes_nothing_more():
     assert fastnorm.restore(model).swapped
 
 
+def test_a_part_is_not_restored_alone():
+    model, x = BasicBlock(4), random_tensor(2, 4, 6, 6)
+    fastnorm.fuse(model, x)
+    expected = model.eval()(x)
+    report = fastnorm.restore(model.bn2)
+    assert report.skipped[0].reason == "fused into a module outside of this part: restore that"
+    assert torch.equal(model(x), expected)
+
+
+def test_a_class_that_was_changed_again_stays():
+    model, x = nn.Sequential(PostNorm(6)), random_tensor(2, 6)
+    fastnorm.fuse(model[0], x, x)
+    for module in (model[0], model[0].norm):
+        module.__class__ = type("Sharded", (type(module),), {})
+    report = fastnorm.restore(model)
+    assert [(c.name, c.reason) for c in report.skipped] == [
+        (name, "its class was changed again after fuse: undo that first")
+        for name in ("0", "0.norm")
+    ]
+    assert isinstance(model[0].norm, fastnorm.AddLayerNorm)
+
+
+def test_synchronized_afterwards():
+    model, x = randomize(BasicBlock(4)), random_tensor(2, 4, 6, 6)
+    fastnorm.fuse(model, x)
+    expected = model.eval()(x)
+    fastnorm.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert torch.equal(model(x), expected)
+    report = fastnorm.restore(model)
+    assert {c.reason for c in report.skipped} == {
+        "its class was changed again after replace: undo that first"
+    }
+    assert type(model) is BasicBlock and type(model.bn2) is fastnorm.SyncBatchNorm
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_export():
+    model, x = randomize(BasicBlock(4)).eval(), random_tensor(2, 4, 6, 6)
+    fastnorm.fuse(model, x)
+    program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
 def test_a_float64_model():
     model = randomize(nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.SiLU())).double()
     assert len(fastnorm.fuse(model, random_tensor(3, 6, dtype=torch.float64)).fused) == 1

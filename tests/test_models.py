@@ -100,7 +100,7 @@ MODELS: dict[Callable[[], tuple[nn.Module, dict[str, Any]]], set[str]] = {
     bert: {"LayerNorm", "Dropout"},
     vit: {"LayerNorm", "Dropout"},
     llama: {"LlamaRMSNorm"},
-    convnext: {"LayerNorm", "ConvNextLayerNorm"},
+    convnext: {"LayerNorm", "ConvNextLayerNorm"},  # the channels-last ones
     t5: {"T5LayerNorm", "Dropout"},
     wav2vec2: {"GroupNorm", "LayerNorm", "Dropout"},
     resnet: {"BatchNorm2d"},
