@@ -12,6 +12,7 @@ import contextlib
 import copy
 import importlib
 import operator
+import random
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -150,6 +151,8 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "
 
 
 class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # what is written to a buffer is recorded, not done
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
@@ -164,7 +167,7 @@ def _kind(value: object) -> object:
     return Tensor if isinstance(value, Tensor) else type(value)
 
 
-def _traced(owner: nn.Module, call: _Call) -> fx.Graph:
+def _traced(owner: nn.Module, call: _Call, training: bool) -> fx.Graph:
     """The owner's forward, called as in the example, with one placeholder for each non-constant."""
     names, passed = [], []
     values = [(None, a) for a in call.args] + list(call.kwargs.items())
@@ -181,22 +184,28 @@ def _traced(owner: nn.Module, call: _Call) -> fx.Graph:
     cls = type(owner)
     shadow_class: Any = type(cls.__name__, (cls,), {"forward": known["forward"]})
     shadow = shadow_class.__new__(shadow_class)
-    shadow.__dict__ = owner.__dict__
-    return _Tracer().trace(shadow)
+    held = {**vars(owner), "training": training}
+    vars(shadow).update(held)
+    random_state = random.getstate(), torch.get_rng_state()
+    with torch.random.fork_rng(devices=[]):
+        graph = _Tracer().trace(shadow)
+        drawn = not torch.equal(torch.get_rng_state(), random_state[1])
+    if drawn or random.getstate() != random_state[0]:
+        random.setstate(random_state[0])
+        raise _NotFusable("the forward that calls it draws random numbers of its own")
+    if vars(shadow).keys() != held.keys() or any(vars(shadow)[k] is not held[k] for k in held):
+        raise _NotFusable("the forward that calls it writes to its module")
+    return graph
 
 
 def _trace(owner: nn.Module, call: _Call) -> fx.Graph:
-    training = owner.training
-    graphs = []
     try:
-        for mode in (False, True):
-            owner.training = mode
-            graphs.append(_traced(owner, call))
+        graphs = [_traced(owner, call, training) for training in (False, True)]
+    except _NotFusable:
+        raise
     except Exception as error:  # whatever a forward does with what is no tensor
         text = f"torch.fx can't trace the forward that calls it: {_first_line(error)}"
         raise _NotFusable(text) from None
-    finally:
-        owner.training = training
     if graphs[0].python_code("self").src != graphs[1].python_code("self").src:
         raise _NotFusable("the forward that calls it does something else in training mode")
     return graphs[0]
@@ -252,7 +261,8 @@ def _is_add(node: fx.Node) -> bool:
 def _in_place(owner: nn.Module, node: fx.Node) -> bool:
     """Whether a node may write to a tensor that others hold."""
     if node.op == "call_module":
-        return bool(getattr(owner.get_submodule(str(node.target)), "inplace", False))
+        parts = owner.get_submodule(str(node.target)).modules()
+        return any(getattr(part, "inplace", False) for part in parts)
     if node.op not in ("call_function", "call_method"):
         return False
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 
 import pytest
 import torch
@@ -272,15 +273,47 @@ def test_reasons():
     own = nn.Sequential(fastnorm.LayerNorm(6, activation="gelu"), nn.Dropout(0.1))
     flow = Around(lambda m, x: m.norm(x).relu() if x.sum() > 0 else x)
     mode = Around(lambda m, x: m.norm(x).relu() if m.training else m.norm(x))
+    constant = Around(lambda m, x: F.relu(m.norm(x)) + torch.zeros(6))
+    draws = Around(lambda m, x: F.relu(m.norm(x)) if random.random() < 2 else x)
+    draws_too = Around(lambda m, x: F.relu(m.norm(x)) if torch.rand(()) < 2 else x)
+    writes = Around(lambda m, x: setattr(m, "seen", x) or F.relu(m.norm(x)))
+    counts = Around(lambda m, x: m.count.add_(1) * 0 + F.relu(m.norm(x)))
+    counts.register_buffer("count", torch.zeros(()))
+    assert fastnorm.fuse(counts, x).fused and counts.count == 0
+    assert counts(x) is not None and counts.count == 1
     for model, reason in (
+        (draws, "the forward that calls it draws random numbers of its own"),
+        (draws_too, "the forward that calls it draws random numbers of its own"),
+        (writes, "the forward that calls it writes to its module"),
+        (constant, "the forward that calls it writes to its module"),
         (hooked, "it has hooks"),
         (twice, "it is called in several places"),
         (own, "it has an activation or dropout of its own"),
         (flow, "torch.fx can't trace the forward that calls it: TraceError"),
         (mode, "the forward that calls it does something else in training mode"),
     ):
+        held = set(vars(model))
+        states = random.getstate(), torch.get_rng_state()
         report = fastnorm.fuse(model, x)
         assert not report.fused and report.skipped[0].reason.startswith(reason), report
+        assert set(vars(model)) - {"seen"} == held and not isinstance(
+            vars(model).get("seen"), torch.fx.Proxy
+        )
+        assert torch.equal(torch.get_rng_state(), states[1])
+
+
+def test_a_child_that_writes_to_the_input():
+    class PreActivation(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.child = nn.LayerNorm(6), nn.Sequential(nn.ReLU(inplace=True))
+
+        def forward(self, x):
+            x = x * 2
+            y = self.norm(x)
+            return self.child(x) + y
+
+    assert not fastnorm.fuse(PreActivation(), random_tensor(3, 6)).fused
 
 
 def test_a_dropout_with_hooks_or_a_mask_of_its_own_stays():
