@@ -35,10 +35,12 @@ T* output_data(const at::Tensor& t) {
   return t.defined() && t.numel() > 0 ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
 }
 
-inline void check_statistics(const at::Tensor& x, const View& view,
-                             std::initializer_list<OptionalTensor> statistics) {
+// A mean square has no mean: whatever stands there isn't looked at.
+inline void check_statistics(const at::Tensor& x, const NormConfig& config,
+                             const OptionalTensor& mean, const OptionalTensor& var) {
+  const View& view = config.view;
   const at::ScalarType wide = accumulate_type(x.scalar_type());
-  for (const auto& t : statistics) {
+  for (const auto& t : {config.statistic == Statistic::MeanVar ? mean : std::nullopt, var}) {
     TORCH_CHECK(!has(t) || (t->scalar_type() == wide && t->numel() == view.statistics() &&
                             t->is_contiguous() && t->device() == x.device()),
                 "fastnorm: expected ", view.statistics(), " contiguous statistics of ", wide,
@@ -55,7 +57,7 @@ struct NormOperators {
                              const OptionalTensor& bias, const OptionalTensor& mean,
                              const OptionalTensor& var) {
     check_operands(x, config.view, {residual}, {weight, bias});
-    check_statistics(x, config.view, {mean, var});
+    check_statistics(x, config, mean, var);
     const auto statistic = [&](bool wanted) {
       const auto options = x.options().dtype(accumulate_type(x.scalar_type()));
       return wanted ? at::empty({config.view.outer, config.view.kept}, options) : none_like(x);
@@ -73,7 +75,7 @@ struct NormOperators {
                             const OptionalTensor& residual, const OptionalTensor& mean,
                             const at::Tensor& var, std::array<bool, 4> mask) {
     check_operands(x, config.view, {dy, dsum, residual}, {weight, bias});
-    check_statistics(x, config.view, {mean, var});
+    check_statistics(x, config, mean, var);
     NormGradients out;
     out.x = mask[0] ? at::empty_like(x) : none_like(x);
     out.residual = mask[3] ? at::empty_like(x) : none_like(x);

@@ -1,4 +1,4 @@
-"""The CUDA column kernels, run on the CPU, against the float64 reference."""
+"""The CUDA column kernels, run on the CPU, against the float64 reference and the CPU kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ torch = pytest.importorskip("torch")
 
 from simt import driver, norms  # noqa: E402
 
-pytestmark = pytest.mark.skipif(driver.compiler() is None, reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(driver.compiler() is None, reason="no C++ compiler"),
+    pytest.mark.usefixtures("kernels"),
+]
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 TWO = (torch.float32, torch.bfloat16)
@@ -199,7 +202,12 @@ class Case:
         # A mean is off by roundings of |mean| / std, and so is xhat.
         std = torch.sqrt(self.exact_var + self.norm.eps)
         shift = 1 + (self.exact_mean.abs() / std).max().item()
-        close(ours.y, self.y.detach(), self.magnitude + self.weight_size * 2 * shift, TERMS)
+        size = self.magnitude + self.weight_size * 2 * shift
+        close(ours.y, self.y.detach(), size, TERMS)
+        cpu = norms.cpu_forward(
+            self.norm, self.x, self.weight, self.bias, self.r, self.m, self.v, SEED
+        )
+        norms.assert_agree(ours.y, cpu.y, size, TERMS)
         if not self.norm.frozen:
             close(ours.var, self.exact_var, self.exact_var + 1, TERMS)
             if self.norm.centered:
@@ -231,6 +239,8 @@ class Case:
         norm = self.norm
         mean = self.m if norm.frozen else self.exact_mean.to(acc)
         var = self.v if norm.frozen else self.exact_var.to(acc)
+        tensors = {"weight": self.weight, "bias": self.bias, "residual": self.r, "seed": SEED}
+        tensors["wanted"] = wanted or (True, self.affine, self.affine, self.residual)
         ours = norms.backward(
             lib,
             entry(norm, "bwd"),
@@ -239,11 +249,7 @@ class Case:
             self.dy,
             var,
             mean,
-            weight=self.weight,
-            bias=self.bias,
-            residual=self.r,
-            seed=SEED,
-            wanted=wanted or (True, self.affine, self.affine, self.residual),
+            **tensors,
             workspace=workspace(lib, norm, self.dtype, True),
         )
         exact = self.gradients
@@ -258,6 +264,12 @@ class Case:
         for name, value in (("weight", ours.dweight), ("bias", ours.dbias)):
             if value is not None:
                 close(value, exact[name], total, TERMS)
+        cpu = norms.cpu_backward(norm, self.x, self.dy, var, mean, **tensors)
+        if norm.view[5] > 1:  # one value has no gradient but roundings, times 1 / sqrt(eps)
+            norms.assert_agree(ours.dx, cpu.dx, scale, TERMS)
+        norms.assert_agree(ours.dresidual, cpu.dresidual, scale, TERMS)
+        norms.assert_agree(ours.dweight, cpu.dweight, total, TERMS)
+        norms.assert_agree(ours.dbias, cpu.dbias, total, TERMS)
         return ours
 
 

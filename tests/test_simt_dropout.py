@@ -9,13 +9,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from simt import driver  # noqa: E402
+from simt import driver, norms  # noqa: E402
 
 from fastnorm import _philox  # noqa: E402
 from fastnorm.dropout import ALPHA, MASK_ONLY, SCALED, coefficients  # noqa: E402
 from fastnorm.epilogue import ACTIVATIONS  # noqa: E402
 
-pytestmark = pytest.mark.skipif(driver.compiler() is None, reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(driver.compiler() is None, reason="no C++ compiler"),
+    pytest.mark.usefixtures("kernels"),
+]
 
 CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 DTYPES = tuple(CODES)
@@ -70,7 +73,7 @@ def expected_mask(view: tuple[int, int, int], p: float) -> torch.Tensor:
 @pytest.mark.parametrize(
     "view",
     [
-        (1, 1, 1), (7, 1, 1), (2051, 1, 1), (4096, 1, 1),
+        (1, 1, 1), (7, 1, 1), (2047, 1, 1), (2048, 1, 1), (2049, 1, 1), (4096, 1, 1),
         (40, 9, 1), (12, 64, 1), (5, 3, 16), (3, 7, 5), (1, 600, 1), (2, 5, 24),
     ],
 )  # fmt: skip
@@ -81,6 +84,11 @@ def test_masks(lib: driver.Library, dtype: torch.dtype, view: tuple[int, int, in
         keep = expected_mask(view, p)
         scale = torch.tensor(coefficients(p, SCALED)[0], dtype=torch.float64).to(dtype)
         assert torch.equal(y, torch.where(keep, scale, torch.zeros((), dtype=dtype)))
+        x = torch.randn(n).to(dtype)
+        cpu = norms.cpu_operators().dropout_fwd(
+            x, None, None, torch.tensor([SEED]), view, 0, p, SCALED
+        )
+        assert torch.equal(run(lib, view, x, p), cpu)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,4 +1,4 @@
-"""The CUDA row kernels, run on the CPU, against the float64 reference."""
+"""The CUDA row kernels, run on the CPU, against the float64 reference and the CPU kernels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ torch = pytest.importorskip("torch")
 
 from simt import driver, norms  # noqa: E402
 
-pytestmark = pytest.mark.skipif(driver.compiler() is None, reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(driver.compiler() is None, reason="no C++ compiler"),
+    pytest.mark.usefixtures("kernels"),
+]
 
 SIXTEEN_BYTES = {torch.float32: 4, torch.float64: 2, torch.float16: 8, torch.bfloat16: 8}
 DTYPES = tuple(SIXTEEN_BYTES)
@@ -84,6 +87,14 @@ def check_forward(
     if norm.prologue:
         total = norms.reference(norm, x, **tensors).sum
         close(ours.sum, total, total.abs() + 6, 4)
+    cpu = norms.cpu_forward(norm, x, **tensors)
+    if norm.prologue:
+        # Where one rounds the sum up and the other down, they go on from different inputs.
+        norms.assert_agree(ours.sum, cpu.sum, total.abs() + 6, 4)
+        return ours
+    norms.assert_agree(ours.y, cpu.y, condition, terms)
+    if not norm.frozen:
+        norms.assert_agree(ours.var, cpu.var, exact.var + 1, terms)
     return ours
 
 
@@ -293,7 +304,8 @@ def check_backward(
         mean = m.reshape(-1).to(acc) if norm.centered else None
         var = ((grid - center) ** 2).mean(dim=(1, 3)).reshape(-1).to(acc)
     wanted = wanted or (True, affine, affine, residual or norm.prologue)
-    size = norms_workspace(lib, norm, dtype)
+    tensors = {"dsum": grad_sum, "weight": weight, "bias": None if norm.prologue else bias}
+    tensors |= {"residual": r, "seed": 77, "wanted": wanted}
     ours = norms.backward(
         lib,
         "row_norm_bwd",
@@ -302,13 +314,8 @@ def check_backward(
         grad,
         var,
         mean,
-        dsum=grad_sum,
-        weight=weight,
-        bias=None if norm.prologue else bias,
-        residual=r,
-        seed=77,
-        wanted=wanted,
-        workspace=size,
+        **tensors,
+        workspace=norms_workspace(lib, norm, dtype),
     )
     exact = exact_gradients(norm, x, grad, grad_sum, weight, bias, r, mean, var)
     scale = (weight.double().abs().max().item() if affine else 1.0) + abs(norm.weight_offset)
@@ -327,6 +334,14 @@ def check_backward(
         if value is not None:
             total = exact[name + " terms"]
             close(value, exact[name], total + rows**0.5, terms + rows**0.5)
+    cpu = norms.cpu_backward(norm, x, grad, var, mean, **tensors)
+    norms.assert_agree(ours.dx, cpu.dx, magnitude, terms)
+    norms.assert_agree(ours.dresidual, cpu.dresidual, magnitude, terms)
+    for name in ("weight", "bias"):
+        total = exact[name + " terms"] + rows**0.5
+        norms.assert_agree(
+            getattr(ours, "d" + name), getattr(cpu, "d" + name), total, terms + rows**0.5
+        )
     return ours
 
 

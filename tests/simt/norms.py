@@ -5,10 +5,13 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from simt import driver
+
+from fastnorm import _build
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 ACTIVATIONS = ("none", "relu", "leaky_relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh")
@@ -300,3 +303,87 @@ def reference(
         y = pre
     mean_out = m.reshape(-1) if isinstance(m, torch.Tensor) else torch.zeros(())
     return Reference(y, total, mean_out, v.reshape(-1), magnitude)
+
+
+def cpu_operators() -> Any:
+    assert _build.load() is not None
+    return torch.ops.fastnorm
+
+
+def _seed(norm: Norm, seed: int) -> Optional:
+    return torch.tensor([seed]) if norm.dropout_p else None
+
+
+def cpu_forward(
+    norm: Norm,
+    x: torch.Tensor,
+    weight: Optional = None,
+    bias: Optional = None,
+    residual: Optional = None,
+    mean: Optional = None,
+    var: Optional = None,
+    seed: int = 0,
+) -> Forward:
+    """The same by the CPU kernels."""
+    statistic, drawn = 0 if norm.centered else 1, _seed(norm, seed)
+    if norm.prologue:
+        y, total, mean_out, var_out = cpu_operators().add_norm_fwd(
+            x, residual, weight, bias, drawn, norm.view, statistic, norm.eps, norm.weight_offset,
+            norm.dropout_p,
+        )  # fmt: skip
+        return Forward(y, total, mean_out, var_out)
+    y, mean_out, var_out = cpu_operators().norm_fwd(
+        x, weight, bias, residual, mean, var, drawn, norm.view, statistic, norm.eps,
+        norm.weight_offset, ACTIVATIONS.index(norm.activation), norm.dropout_p,
+    )  # fmt: skip
+    return Forward(y, None, mean_out, var_out)
+
+
+def cpu_backward(
+    norm: Norm,
+    x: torch.Tensor,
+    dy: Optional,
+    var: torch.Tensor,
+    mean: Optional = None,
+    dsum: Optional = None,
+    weight: Optional = None,
+    bias: Optional = None,
+    residual: Optional = None,
+    seed: int = 0,
+    wanted: tuple[bool, bool, bool, bool] = (True, True, True, True),
+) -> Backward:
+    """The same by the CPU kernels."""
+    statistic, drawn = 0 if norm.centered else 1, _seed(norm, seed)
+    mean = mean if norm.centered else None
+    if norm.prologue:
+        grads = cpu_operators().add_norm_bwd(
+            torch.zeros_like(x) if dy is None else dy, dsum, x, weight, mean, var, drawn,
+            norm.view, statistic, norm.eps, norm.weight_offset, norm.dropout_p, wanted,
+        )  # fmt: skip
+    else:
+        grads = cpu_operators().norm_bwd(
+            dy, x, weight, bias, residual, mean, var, drawn, norm.view, statistic, norm.frozen,
+            norm.eps, norm.weight_offset, ACTIVATIONS.index(norm.activation), norm.dropout_p,
+            wanted,
+        )  # fmt: skip
+    dx, dweight, dbias, dresidual = (
+        g if want else None for g, want in zip(grads, wanted, strict=True)
+    )
+    return Backward(dx, dresidual, dweight, dbias)
+
+
+def assert_agree(
+    ours: Optional, cpu: Optional, magnitude: torch.Tensor | float, terms: float
+) -> None:
+    """Two kernels that may each be `terms` roundings of the accumulate type from the exact result,
+    relative to `magnitude`, and one unit in the last place of the output type."""
+    if ours is None:
+        return
+    assert cpu is not None and ours.dtype == cpu.dtype
+    ours, cpu, limits = ours.reshape(-1), cpu.reshape(-1), torch.finfo(ours.dtype)
+    acc = torch.finfo(accumulate(ours.dtype)).eps
+    bound = 2 * limits.eps * (1.01 * cpu.double().abs() + limits.smallest_normal)
+    bound = bound + 2 * terms * acc * magnitude
+    error = (ours.double() - cpu.double()).abs()
+    worst = (error - bound).argmax()
+    assert (error <= bound).all(), f"{error[worst]} > {bound[worst]} from the CPU kernel at {worst}"
