@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,6 +86,10 @@ def norm(
     """
     chunk = chunk or max(x.shape[0], 1)
     mean, var = frozen or (None, None)
+    if mask is not None and frozen is not None and not torch.compiler.is_compiling():
+        x, residual = zero_outside(mask, x), zero_outside(mask, residual)
+        out = norm(x, groups, weight, bias, residual, frozen, seed, call)
+        return out._replace(y=zero_outside(mask, out.y))
     if (
         mask is not None
         or x.numel() == 0
@@ -107,6 +111,11 @@ def norm(
         call._replace(view=view),
     )
     return Normed(y, new_mean, new_var, counts_of(view))
+
+
+def zero_outside(mask: Tensor, t: Any) -> Any:
+    """`t` with zeros at the positions that do not count, whatever is there."""
+    return None if t is None else torch.where(mask.unsqueeze(1), t, 0.0)
 
 
 def counts_of(view: Sequence[int]) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastnorm import _build, _channels, _dtensor, _export, _layers, _reference, _running
+from fastnorm import _build, _channels, _dtensor, _export, _layers, _parts, _reference, _running
 from fastnorm._channels import Normed
 from fastnorm._checks import (
     check_eps,
@@ -317,6 +317,8 @@ def normalize(
         assert running_mean is not None and running_var is not None
         frozen = _running.frozen_statistics(running_mean, running_var, x, weight, bias, residual)
     norm = synced or _channels.norm
+    if valid is not None and not chunk and not torch.compiler.is_compiling():
+        norm = synced or _parts.norm
     out = norm(x, 0, weight, bias, residual, frozen, seed, call, chunk=chunk, mask=valid)
     if update and (synced is not None or input.numel() > 0):
         assert running_mean is not None and running_var is not None

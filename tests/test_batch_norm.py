@@ -455,6 +455,22 @@ def test_masked_positions_do_not_count(backend):
     buffers_close(mine.state_dict(), ref.state_dict())
 
 
+def test_masks_in_images_and_twice_differentiable():
+    norm = fastnorm.BatchNorm2d(3, activation="silu").double()
+    x, r = torch.randn(2, 4, 3, 2, 3, dtype=torch.float64)
+    mask = torch.rand(4, 2, 3) > 0.3
+    for training in (True, False):
+        norm.train(training)
+        y = norm(channels_last(x), r, mask=mask)
+        assert strides(y) == strides(channels_last(x))
+        with fastnorm.use_backend("reference"):
+            torch.testing.assert_close(y, norm(x, r, mask=mask))
+        inputs = [t.clone().requires_grad_() for t in (x, r)]
+        assert torch.autograd.gradgradcheck(
+            lambda x, r: norm(x, r, mask=mask), inputs, fast_mode=True
+        )
+
+
 def test_masks_at_the_edges():
     norm = fastnorm.BatchNorm1d(3)
     x = torch.randn(2, 3, 4)
