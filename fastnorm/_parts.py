@@ -52,6 +52,9 @@ def norm(
     x, _ = _channels.make_dense(x)
     if residual is not None:
         residual = _ops.laid_out(residual, x)
+    if x.numel() > 0:
+        view = _channels.batch_view(x, not x.is_contiguous(), x.shape[0])
+        _ops.note(lambda: _ops.describe("norm", x, view))
     dtype = _reference.accumulate_dtype(x.dtype)
     # In the type of sums, because their gradients are this process's part of the sums.
     w, b = (None if p is None else p.to(dtype).contiguous() for p in (weight, bias))

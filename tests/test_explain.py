@@ -52,3 +52,9 @@ def test_the_fast_entry_is_back_afterwards():
         fastnorm._build.module.row_norm(torch.randn(2, 4), (4,), None, None, 1e-5, 0, 0.0, 0, None)
         is not None
     )
+
+
+def test_a_masked_batch_runs_a_kernel(kernels):
+    norm = fastnorm.BatchNorm1d(4)
+    told = str(fastnorm.explain(norm, torch.randn(3, 4, 5), lengths=[5, 2, 1]))
+    assert "norm on cpu" in told and "reference" not in told
