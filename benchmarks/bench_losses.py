@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
 import statistics
 from collections.abc import Callable
@@ -41,14 +43,28 @@ def step(loss_fn: Callable[..., Tensor], shape: tuple[int, ...], dtype: str, dev
     return call
 
 
+def contenders(
+    shape: tuple[int, ...], device: str, quick: bool
+) -> dict[str, Callable[..., Tensor]]:
+    losses: dict[str, Callable[..., Tensor]] = {"torch": F.cross_entropy}
+    if device == "cuda" and not quick:  # autotuning takes longer than everything else here
+        torch._dynamo.reset()
+        mode = "max-autotune-no-cudagraphs"
+        losses["compile"] = torch.compile(F.cross_entropy, dynamic=False, mode=mode)
+    if device == "cuda" and len(shape) == 2 and importlib.util.find_spec("liger_kernel"):
+        liger = importlib.import_module("liger_kernel.transformers.functional")
+        losses["liger"] = liger.liger_cross_entropy  # its gradient overwrites the logits
+    return {**losses, "fastnorm": fastnorm.cross_entropy}
+
+
 def measurements(device: str, quick: bool) -> list[dict[str, Any]]:
     """Seconds of the loss and its gradient, in memory that the process has touched before."""
     rows = []
     for shape in SHAPES[:2] if quick else SHAPES:
         for dtype in ("fp32",) if quick else ("fp32", "bf16"):
             calls = {
-                "torch": step(F.cross_entropy, shape, dtype, device),
-                "fastnorm": step(fastnorm.cross_entropy, shape, dtype, device),
+                who: step(loss, shape, dtype, device)
+                for who, loss in contenders(shape, device, quick).items()
             }
             host = math.prod(shape) * DTYPES[dtype].itemsize <= 64 << 10
             with pages("reused"):

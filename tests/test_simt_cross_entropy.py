@@ -282,7 +282,8 @@ def test_a_row_has_the_same_bits_in_any_batch(lib: driver.Library, classes: int)
 
 @pytest.mark.parametrize("dtype", TWO)
 @pytest.mark.parametrize(
-    ("classes", "clusters", "reads"), [(1024, True, 1), (49152, True, 1), (122880, False, 2)]
+    ("classes", "clusters", "reads"),
+    [(1024, True, 1), (49152, True, 1), (50257, True, 1), (122880, False, 2)],
 )
 def test_bytes_moved(
     lib: driver.Library, dtype: torch.dtype, classes: int, clusters: bool, reads: int
@@ -299,6 +300,7 @@ def test_bytes_moved(
         assert moved["x"] == (reads if need_grad else 1) * size + 2 * dtype.itemsize
         assert moved.get("grad", 0) == size * need_grad
         assert kernel["store"]["bytes"] == size * need_grad + 2 * 2 * 4
+        assert kernel["widths"]["16"] * 16 >= 0.99 * size * ((reads + 1) if need_grad else 1)
 
 
 def scale(lib: driver.Library, grad: torch.Tensor, factor: torch.Tensor) -> None:

@@ -114,6 +114,7 @@ FORMS = {
     "cluster": "row_norm_fwd, cluster",
     "staged": "row_norm_fwd, staged",
     "streaming": "row_norm_fwd, streaming",
+    "ragged": "row_norm_fwd, ragged",
 }
 
 
@@ -124,7 +125,7 @@ def test_every_row_length(lib: driver.Library, dtype: torch.dtype, centered: boo
         rows = 3 if size < 600 else 1 + size % 2
         check_forward(lib, norms.Norm(norms.row_view(rows, size), centered), dtype)
         seen.add(norms.launched(lib))
-    assert seen == {FORMS[f] for f in ("part of a warp", "warp", "block", "cluster", "staged")}
+    assert {FORMS[f] for f in ("part of a warp", "warp", "block", "cluster", "ragged")} <= seen
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_every_row_length(lib: driver.Library, dtype: torch.dtype, centered: boo
         (torch.bfloat16, 262144, "staged"),
         (torch.float32, 65536, "cluster"),
         (torch.float32, 262144, "staged"),
-        (torch.float32, 262143, "staged"),
+        (torch.float32, 262143, "ragged"),
     ],
 )
 def test_rows_to_262144_columns_stay_on_chip(
@@ -274,6 +275,21 @@ def test_bytes_moved(lib: driver.Library, size: int, dtype: torch.dtype) -> None
             # The allocator aligns to 64 bytes: a request of n segments may touch n + 1.
             assert totals["segments"] <= totals["least_segments"] + totals["requests"]
             assert totals["segments"] <= 1.3 * totals["least_segments"] + 4 * rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ragged_rows_move_packs(lib: driver.Library, dtype: torch.dtype) -> None:
+    """2 E b as aligned rows do, in 16-byte accesses but for a head and a tail."""
+    for size, clusters in ((2053, True), (40003, True)):
+        norm = norms.Norm(norms.row_view(3, size), clusters=clusters)
+        with lib.counting():
+            check_forward(lib, norm, dtype)
+            report = lib.report()
+        assert report["kernel"] == FORMS["ragged"]
+        element_bytes = norm.numel * dtype.itemsize
+        assert report["buffers"]["x"] == {"loaded": element_bytes, "stored": 0}
+        assert report["buffers"]["y"] == {"loaded": 0, "stored": element_bytes}
+        assert report["widths"]["16"] * 16 >= 2 * 0.98 * element_bytes
 
 
 def check_backward(

@@ -10,7 +10,7 @@ simt_traffic.json has, for each kernel as it is launched on an aligned bfloat16 
                  registers of nvcc_registers.json leave room for
 
 A kernel that is worse, or that isn't there, fails. After a deliberate change:
-python tests/test_simt_traffic.py --update
+PYTHONPATH=. python tests/test_simt_traffic.py --update
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ DTYPE = torch.bfloat16
 # the one with the most registers counts.
 KERNELS = (
     (r"row_norm_fwd, (staged|streaming)", r"row_norm_fwd_\1_kernel<__nv_bfloat16, 8>"),
+    (r"row_norm_fwd, ragged", r"row_norm_fwd_ragged_kernel<__nv_bfloat16>"),
     (r"row_norm_fwd", r"row_norm_fwd_kernel<__nv_bfloat16, 8, .*>"),
     (r"row_norm_bwd, streaming", r"row_norm_bwd_streaming_kernel<__nv_bfloat16, 8>"),
     (r"(row_norm_bwd|cross_entropy|pixel_norm_\w+),", r"\1_kernel<__nv_bfloat16, 8>"),
@@ -83,6 +84,7 @@ CASES: dict[str, list[Callable[[driver.Library], object]]] = {
         row_norm(64, rows=32),
         row_norm(1024),
         row_norm(8192),
+        row_norm(8191),
         row_norm(32768),
         row_norm(140000 // 8 * 8, rows=1),
         row_norm(40000, rows=1, clusters=False, max_shared=8 * 1024),

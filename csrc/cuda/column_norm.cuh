@@ -230,22 +230,23 @@ struct MomentPieces {
 template <int n, typename A, typename F>
 FASTNORM_DEVICE void merge_columns(const PackMoments<A, n>& moments, bool centered,
                                    const ColumnTile& tile, const Segments& segments, F&& f) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int pitch = column_pitch<A, n>(static_cast<int>(blockDim.x));
   A* means = reinterpret_cast<A*>(dynamic_shared());
-  A* shifts = means + n * blockDim.x;
-  A* squares = shifts + n * blockDim.x;
-  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  A* shifts = means + n * pitch;
+  A* squares = shifts + n * pitch;
 #pragma unroll
   for (int e = 0; e < n; ++e) {
-    shared_store(means + e * threads + thread, moments.excess(e, centered));
-    shared_store(shifts + e * threads + thread, moments.shift[e]);
-    shared_store(squares + e * threads + thread, moments.m2(e, centered));
+    shared_store(means + e * pitch + thread, moments.excess(e, centered));
+    shared_store(shifts + e * pitch + thread, moments.shift[e]);
+    shared_store(squares + e * pitch + thread, moments.m2(e, centered));
   }
   __syncthreads();
   for_each_segment(segments, [&](int64_t g, int lane, int lanes) {
     const int columns = g < segments.n ? segments.count(g) : 0;
     const auto place = [&](int i) {
       const int j = segments.column(g, i);
-      return j % n * threads + j / n;
+      return j % n * pitch + j / n;
     };
     // Means from here on are relative to the first shift, which rounding doesn't touch.
     const A base = columns > 0 ? shared_load(shifts + place(0)) : A(0);
@@ -473,7 +474,7 @@ void column_norm_fwd(const NormForward<T>& p, Launch&& launch) {
   const Pieces pieces = Pieces::of(v, t, v.reduce_inner, v.kept);
   const auto threads = static_cast<unsigned>(t.threads);
   const LaunchShape shape{blocks(v.outer * t.chunks * t.tiles), threads,
-                          p.config.frozen ? 0 : size_t{3} * n * threads * sizeof(A)};
+                          p.config.frozen ? 0 : 3 * n * column_pitch<A, n>(t.threads) * sizeof(A)};
   if (!p.config.frozen) {
     launch(t.resident ? "column_norm_fwd, resident" : "column_norm_fwd, moments", shape,
            column_norm_fwd_kernel<T>, p, t, pieces, t.resident ? Phase::Both : Phase::Reduce);

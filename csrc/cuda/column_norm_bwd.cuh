@@ -108,20 +108,21 @@ FASTNORM_DEVICE void gradient_walk(const NormBackward<T>& p, Walk walk, const Af
 template <int n, typename A, typename F>
 FASTNORM_DEVICE void add_columns(const A (&sum_hd)[n], const A (&sum_h)[n],
                                  const Segments& segments, F&& f) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int pitch = column_pitch<A, n>(static_cast<int>(blockDim.x));
   A* hd = reinterpret_cast<A*>(dynamic_shared());
-  A* h = hd + n * blockDim.x;
-  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  A* h = hd + n * pitch;
 #pragma unroll
   for (int e = 0; e < n; ++e) {
-    shared_store(hd + e * threads + thread, sum_hd[e]);
-    shared_store(h + e * threads + thread, sum_h[e]);
+    shared_store(hd + e * pitch + thread, sum_hd[e]);
+    shared_store(h + e * pitch + thread, sum_h[e]);
   }
   __syncthreads();
   for_each_segment(segments, [&](int64_t g, int lane, int lanes) {
     const int columns = g < segments.n ? segments.count(g) : 0;
     A sum[2] = {0, 0};
     for (int i = lane; i < columns; i += lanes) {
-      const int j = segments.column(g, i), place = j % n * threads + j / n;
+      const int j = segments.column(g, i), place = j % n * pitch + j / n;
       sum[0] += shared_load(hd + place);
       sum[1] += shared_load(h + place);
     }
@@ -396,7 +397,7 @@ void column_norm_bwd(const NormBackward<T>& p, Launch&& launch) {
   pieces = Pieces::of(v, t, v.inner, v.channels());
   const auto threads = static_cast<unsigned>(t.threads);
   const LaunchShape shape{blocks(v.outer * t.chunks * t.tiles), threads,
-                          size_t{2} * n * threads * sizeof(A)};
+                          2 * n * column_pitch<A, n>(t.threads) * sizeof(A)};
   if (t.resident && reduce && map) {
     launch("column_norm_bwd, resident", shape, column_norm_bwd_kernel<T>, p, t, pieces,
            Phase::Both);

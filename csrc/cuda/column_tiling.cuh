@@ -229,6 +229,13 @@ FASTNORM_DEVICE void for_each_segment(const Segments& s, F&& f) {
   for (int64_t g = 0; g < s.n; g += step) f(g + thread / lanes, thread % lanes, lanes);
 }
 
+// Shared memory of one value per column of a tile: element e of thread t's pack lies at
+// e * pitch + t, so that neither threads nor neighbouring columns share a bank.
+template <typename A, int n>
+FASTNORM_HD int column_pitch(int threads) {
+  return threads + 128 / static_cast<int>(sizeof(A)) / n;
+}
+
 // Where the partial sums lie: [outer][chunk][tile][slot], the slot being the segment's number
 // within its tile. A segment has the chunks of all tiles that it touches.
 struct Pieces {

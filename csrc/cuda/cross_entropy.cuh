@@ -8,10 +8,11 @@
 //   grad = scale (mass exp(x - m) / s - (1 - e) w_y [k = y] - e / Z u_k w_k [k in A])
 //
 // A row stays in shared memory (of a cluster, if it is long), where each thread has copied its own
-// packs: one read and, with the gradient, one write: 2 E b. Rows that don't fit are read a second
-// time for the gradient, the end first, which the cache still holds: at most 3 E b. A thread keeps
-// its sums relative to the largest logit it has met. Rows left out are written and not read. A
-// class id out of range makes its row, and so the loss, NaN.
+// packs (of ragged rows, Run of row_shape.cuh, and the gradient leaves the same way): one read and,
+// with the gradient, one write: 2 E b. Rows that don't fit are read a second time for the gradient,
+// the end first, which the cache still holds: at most 3 E b. A thread keeps its sums relative to
+// the largest logit it has met. Rows left out are written and not read. A class id out of range
+// makes its row, and so the loss, NaN.
 //
 // What a mean divides by is needed before the rows, and the loss after them: one cluster each adds
 // up rows x 8 bytes.
@@ -96,20 +97,30 @@ FASTNORM_DEVICE void load_coefficients(const CrossEntropy<T>& p, int64_t k,
 }
 
 template <typename T, int width>
-__global__ __launch_bounds__(kRowThreads,
-                             sizeof(T) == 8 ? 1 : 2) void cross_entropy_kernel(CrossEntropy<T> p,
-                                                                               RowShape shape,
-                                                                               bool staged) {
+__global__ __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 1 : 2) void cross_entropy_kernel(
+    CrossEntropy<T> p, RowShape shape, bool staged, int per_block) {
   using A = Accumulate<T>;
   constexpr A kMasked = -std::numeric_limits<A>::infinity();
   A* scratch = reinterpret_cast<A*>(dynamic_shared());
   T* stage = reinterpret_cast<T*>(scratch + kEntropyScratch) + threadIdx.x * width;
   const int distance = static_cast<int>(blockDim.x) * width;
   if (shape.cluster > 1) cluster_arrive();
-  const RowThread t = RowThread::of(p.rows, shape);
+  RowThread t = RowThread::of(p.rows, shape);
   const int64_t y = t.row < t.rows ? load(p.target + t.row) : p.ignore_index;
   const bool counts = y != p.ignore_index, in_range = y >= 0 && y < p.classes;
-  const int packs = t.row < t.rows ? static_cast<int>(p.classes / width) : 0;
+  int packs = t.row < t.rows ? static_cast<int>(p.classes / width) : 0;
+  // A ragged row's part in this block is a run of columns, and the threads side by side in it.
+  const bool ragged = width == 1 && per_block > 0;
+  T* const part = stage - threadIdx.x * width;
+  Run<T> run{};
+  if (ragged) {
+    const int begin = shape.cluster == 1 ? 0 : cluster_rank() * per_block;
+    if (packs > begin + per_block) packs = begin + per_block;
+    run = Run<T>::of(t.row * p.classes + begin, packs > begin ? packs - begin : 0);
+    stage += run.skew;
+    t.lane = begin + static_cast<int>(threadIdx.x);
+    t.step = static_cast<int>(blockDim.x);
+  }
   const int items = t.lane < packs ? (packs - t.lane + t.step - 1) / t.step : 0;
   const int read = counts && in_range ? items : 0;
   const int64_t first = t.row * p.classes + int64_t{t.lane} * width;
@@ -117,12 +128,14 @@ __global__ __launch_bounds__(kRowThreads,
   const bool smooth = p.smoothing > 0, uniform = p.weight == nullptr && p.prior == nullptr;
 
   if (staged) {
+    if (ragged && counts && in_range) run.fetch(p.x, part);
 #pragma unroll 4
-    for (int i = 0; i < read; ++i) {
+    for (int i = 0; i < (ragged ? 0 : read); ++i) {
       fetch_async<width>(stage + i * distance, p.x + first + i * stride);
     }
     copy_async_commit();
     copy_async_wait<0>();
+    if (ragged) __syncthreads();
   }
   const auto logits_of = [&](int i) {
     return staged ? shared_load<width>(stage + i * distance)
@@ -209,8 +222,15 @@ __global__ __launch_bounds__(kRowThreads,
         if (k + e == y) v[e] -= own;
       }
     }
-    store_streaming(p.grad + first + i * stride, narrow<T>(v));
+    if (ragged) {
+      shared_store(stage + i * distance, narrow<T>(v));
+    } else {
+      store_streaming(p.grad + first + i * stride, narrow<T>(v));
+    }
   }
+  if (!ragged) return;
+  __syncthreads();
+  run.put(p.grad, part);
 }
 
 // Mean or sum of the losses, and the gradient's factor: 1, but where masked logits have changed the
@@ -276,7 +296,7 @@ void cross_entropy_of_width(const CrossEntropy<T>& p, const DeviceLimits& device
     LaunchShape warps = launch_of_warps(p.rows, lanes);
     warps.shared = shared_for(packs * (kSmallThreads / lanes), kSmallThreads);
     launch("cross_entropy, warp", warps, cross_entropy_kernel<T, width>, p, RowShape{lanes, 1},
-           true);
+           true, 0);
     return;
   }
   const unsigned widest = device.clusters ? kRowCluster : 1;
@@ -286,15 +306,18 @@ void cross_entropy_of_width(const CrossEntropy<T>& p, const DeviceLimits& device
   }
   const int64_t per_block = (packs + cluster - 1) / cluster;
   const unsigned threads = std::min<unsigned>(kRowThreads, threads_for(per_block, kItems));
-  const size_t shared = shared_for(per_block, threads);
+  const size_t slack = width == 1 ? 32 : 0;  // a ragged row begins anywhere in 16 bytes
+  const size_t shared = shared_for(per_block, threads) + slack;
   const bool staged = shared <= device.max_shared;
+  const bool ragged = width == 1 && staged && aligned_to_16({p.x, p.grad});
   const LaunchShape blocks{static_cast<unsigned>(p.rows) * cluster, threads,
                            staged ? shared : shared_for(0, threads), cluster};
   launch(!staged       ? "cross_entropy, two reads"
          : cluster > 1 ? "cross_entropy, cluster"
                        : "cross_entropy, block",
          blocks, cross_entropy_kernel<T, width>, p,
-         RowShape{static_cast<int>(threads), static_cast<int>(cluster)}, staged);
+         RowShape{static_cast<int>(threads), static_cast<int>(cluster)}, staged,
+         ragged ? static_cast<int>(per_block) : 0);
 }
 
 template <typename T, typename Launch>

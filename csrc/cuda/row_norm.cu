@@ -1,6 +1,7 @@
 // Launches of the row kernels.
 #include "cuda/launch.h"
 #include "cuda/row_norm_bwd.cuh"
+#include "cuda/row_norm_ragged.cuh"
 
 namespace fastnorm::cuda {
 

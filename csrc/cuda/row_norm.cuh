@@ -17,9 +17,9 @@
 // end.
 //
 // The thread that owns an element depends on its column alone, so a row has the same bits in any
-// batch. Where N or a pointer doesn't allow 16-byte packs the width is one element: a head and a
-// tail around 16-byte packs would give the columns other owners in every row, and neighbouring
-// lanes still touch neighbouring addresses, so that DRAM moves the same bytes.
+// batch. Where N doesn't allow 16-byte packs, short rows go by single elements, of which
+// neighbouring lanes touch neighbours, and longer ones through shared memory (row_norm_ragged.cuh);
+// where a pointer doesn't, all do the former.
 #pragma once
 
 #include <algorithm>
@@ -409,19 +409,6 @@ void row_norm_fwd_of_width(const NormForward<T>& p, const DeviceLimits& device, 
   } else {
     launch("row_norm_fwd, streaming", LaunchShape{grid, threads, kScratchBytes, cluster},
            row_norm_fwd_streaming_kernel<T, width>, p, shape);
-  }
-}
-
-template <typename T, typename Launch>
-void row_norm_fwd(const NormForward<T>& p, const DeviceLimits& device, Launch&& launch) {
-  if (p.config.view.numel() == 0) return;
-  constexpr int width = kPackSize<T>;
-  const bool packs = p.config.view.reduce_inner % width == 0 &&
-                     aligned_to_16({p.x, p.residual, p.weight.data, p.bias.data, p.y, p.sum});
-  if (packs) {
-    row_norm_fwd_of_width<width>(p, device, launch);
-  } else {
-    row_norm_fwd_of_width<1>(p, device, launch);
   }
 }
 

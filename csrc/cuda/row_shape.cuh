@@ -68,6 +68,42 @@ struct RowThread {
   }
 };
 
+// `count` elements from `index` on, of tensors that are aligned to 16 bytes; element j is at
+// stage[skew + j].
+template <typename T>
+struct Run {
+  static constexpr int n = kPackSize<T>;
+  int64_t index;
+  int count, skew, head, packs;  // elements before the first pack; packs
+
+  static FASTNORM_DEVICE Run of(int64_t index, int count) {
+    const int skew = static_cast<int>(index % n), gap = (n - skew) % n;
+    const int head = gap < count ? gap : count;
+    return {index, count, skew, head, (count - head) / n};
+  }
+  // Elements of a stage that holds `count`.
+  static FASTNORM_HD int capacity(int count) { return (count + 2 * n - 2) / n * n; }
+
+  template <typename Single, typename Whole>
+  FASTNORM_DEVICE void for_each(Single&& single, Whole&& whole) const {
+    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+    if (thread < head) single(thread);
+    for (int k = thread; k < packs; k += threads) whole(head + k * n);
+    const int tail = head + packs * n + thread;
+    if (tail < count) single(tail);
+  }
+  // Visible after copy_async_wait and a barrier.
+  FASTNORM_DEVICE void fetch(const T* source, T* stage) const {
+    for_each([&](int j) { fetch_async<1>(stage + skew + j, source + index + j); },
+             [&](int j) { copy_async<n>(stage + skew + j, source + index + j); });
+  }
+  // After a barrier.
+  FASTNORM_DEVICE void put(T* target, const T* stage) const {
+    for_each([&](int j) { store(target + index + j, shared_load(stage + skew + j)); },
+             [&](int j) { store(target + index + j, shared_load<n>(stage + skew + j)); });
+  }
+};
+
 // Lanes of a row of `packs` packs in a warp: the next power of two.
 inline int lanes_for(int64_t packs) {
   int lanes = 1;

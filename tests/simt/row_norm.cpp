@@ -1,5 +1,6 @@
 // Entry points of the row kernels.
 #include "cuda/row_norm_bwd.cuh"
+#include "cuda/row_norm_ragged.cuh"
 #include "norm_entry.h"
 
 SIMT_NORM_ENTRY(row_norm_fwd,
