@@ -8,11 +8,13 @@ table. Compiling takes minutes; Inductor's cache makes a second run start at onc
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from fastnorm import _bench, _build
 from fastnorm._bench_ops import OPS, TRAIN, Cell, Inputs, Outputs, grid, make_inputs
@@ -29,8 +31,21 @@ CELLS = [
 NAMES = ("torch", "fastnorm", "torch compiled", "reference compiled", "kernel compiled")
 
 
-def contenders(cell: Cell) -> dict[str, Callable[[Inputs], Outputs]]:
+def between(function: Callable[[Inputs], Outputs]) -> Callable[[Inputs], Outputs]:
+    """Between elementwise operators that a compiler would fuse with it."""
+
+    def run(inputs: Inputs) -> Outputs:
+        outputs = function(dataclasses.replace(inputs, x=inputs.x * inputs.x.sigmoid()))
+        if isinstance(outputs, torch.Tensor):
+            return F.gelu(outputs)
+        return (F.gelu(outputs[0]), *outputs[1:])
+
+    return run
+
+
+def contenders(cell: Cell, neighbours: bool) -> dict[str, Callable[[Inputs], Outputs]]:
     op = OPS[cell.op]
+    theirs, ours = (between(f) if neighbours else f for f in (op.torch, op.fastnorm))
 
     def compiled(function: Callable[[Inputs], Outputs], backend: str) -> Any:
         run = torch.compile(lambda t: function(t), fullgraph=True, dynamic=False)
@@ -43,19 +58,19 @@ def contenders(cell: Cell) -> dict[str, Callable[[Inputs], Outputs]]:
 
     def eager(inputs: Inputs) -> Outputs:
         _build._backend = "auto"
-        return op.fastnorm(inputs)
+        return ours(inputs)
 
     functions = (
-        op.torch,
+        theirs,
         eager,
-        compiled(op.torch, "auto"),
-        compiled(op.fastnorm, "reference"),
-        compiled(op.fastnorm, "kernel"),
+        compiled(theirs, "auto"),
+        compiled(ours, "reference"),
+        compiled(ours, "kernel"),
     )
     return dict(zip(NAMES, functions, strict=True))
 
 
-def measure(cell: Cell, seconds: float) -> dict[str, float]:
+def measure(cell: Cell, seconds: float, neighbours: bool = False) -> dict[str, float]:
     """Medians in microseconds."""
     torch._dynamo.reset()
     inputs = make_inputs(cell, "cpu")
@@ -64,7 +79,7 @@ def measure(cell: Cell, seconds: float) -> dict[str, float]:
     gradients = [torch.randn_like(output) for output in outputs]
     with _bench.pages("reused", min(16 * cell.input_bytes, 2 << 30)):
         calls: dict[str, Callable[[], object]] = {}
-        for name, function in contenders(cell).items():
+        for name, function in contenders(cell, neighbours).items():
             calls[name] = _bench.contender_call(cell, inputs, function, gradients)
             calls[name]()
             calls[name]()
@@ -76,6 +91,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bench_compile", description=__doc__)
     parser.add_argument("--ops", nargs="*", help="only these")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each cell")
+    parser.add_argument("--neighbours", action="store_true", help="x * sigmoid(x), op, gelu")
     arguments = parser.parse_args()
     facts = _bench.machine_facts("cpu")
     print(f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date']}")
@@ -85,7 +101,7 @@ def main() -> int:
     for cell in CELLS:
         if arguments.ops and cell.op not in arguments.ops:
             continue
-        times = measure(cell, arguments.seconds)
+        times = measure(cell, arguments.seconds, arguments.neighbours)
         best = min(NAMES[3:], key=times.__getitem__).split()[0]
         shape = "x".join(map(str, cell.shape)) + (" nhwc" if cell.layout != "contiguous" else "")
         row = f"{cell.op:24}{shape:20}{cell.dtype:6}" + "".join(f"{times[n]:20.0f}" for n in NAMES)

@@ -57,7 +57,7 @@ bool plain_tensor(PyObject* object, at::Tensor& out) {
     return false;
   }
   if (t._fw_grad(0).defined()) return false;
-  if (t.is_cuda() && !cuda_is_loaded()) return false;
+  if (!t.is_cpu() && !(t.is_cuda() && cuda_is_loaded())) return false;
   out = t;
   return true;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -49,9 +50,10 @@ def spatial_numel(x: Tensor) -> int:
 
 
 def batch_view(x: Tensor, channels_last: bool, chunk: int) -> View:
-    """Statistics of each channel over the batch, or over every `chunk` samples of it."""
+    """Statistics of each channel over the batch, or over every `chunk` samples of it if not 0."""
     n, channels, spatial = x.shape[0], x.shape[1], spatial_numel(x)
-    chunks = -(-n // chunk)
+    chunks = -(-n // chunk) if chunk else 1
+    chunk = chunk or n
     tail = n - (chunks - 1) * chunk
     if channels_last or spatial == 1:
         return (chunks, chunk * spatial, channels, 1, 1, tail * spatial)
@@ -84,7 +86,6 @@ def norm(
     `frozen` holds a mean and a variance that replace the input's own. Of `mask` (N, spatial), only
     the true positions count, and the others are zero in the result.
     """
-    chunk = chunk or max(x.shape[0], 1)
     mean, var = frozen or (None, None)
     if mask is not None and frozen is not None and not torch.compiler.is_compiling():
         x, residual = zero_outside(mask, x), zero_outside(mask, residual)
@@ -144,14 +145,13 @@ def reference(
     weight, bias = (None if p is None else p.reshape(spread) for p in (weight, bias))
     dims = tuple(range(2, wide.dim())) if groups else (0, *range(2, wide.dim()))
     valid = None if mask is None else mask.reshape(n, 1, 1, *spatial)
-    outer = n if groups else max(-(-n // chunk), 1)
+    outer = n if groups else max(-(-n // chunk), 1) if chunk else 1
 
-    step = n if groups else chunk
     pieces, means, variances, counts = [], [], [], []
-    starts = range(0, n, step) if n else (0,)
-    for start in starts:
-        block = wide[start : start + step]
-        ok = None if valid is None else valid[start : start + step]
+    # No parts of the whole: a compiler would take the batch's size for a constant.
+    blocks = wide.split(chunk) if chunk else (wide,)
+    valid_blocks = (valid,) if valid is None or not chunk else valid.split(chunk)
+    for block, ok in zip(blocks, itertools.cycle(valid_blocks), strict=False):
         count: int | Tensor = math.prod([block.shape[d] for d in dims])
         if ok is not None:
             # Also where a padded value is not finite.
@@ -183,7 +183,7 @@ def reference(
         return Normed(y, None, None, (0, 0))
     mean, var = (torch.cat(s).detach().reshape(outer, kept) for s in (means, variances))
     if mask is None:
-        return Normed(y, mean, var, (int(counts[0]), int(counts[-1])))
+        return Normed(y, mean, var, (counts[0], counts[-1]))  # type: ignore[arg-type]
     return Normed(y, mean, var, torch.cat([torch.as_tensor(c).reshape(-1) for c in counts]))
 
 

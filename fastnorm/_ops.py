@@ -93,7 +93,7 @@ def use_kernel(input: Tensor, *others: Tensor | None) -> bool:
     kernels on first use.
     """
     if torch.compiler.is_compiling():
-        return keeps_operator(input, False)
+        return keeps_operator(input, input.device.type == "cpu")
     reason = disturbance(input, *others)
     device = input.device.type
     if reason is None:
@@ -116,7 +116,13 @@ def keeps_operator(input: Tensor, auto: bool) -> bool:
     """
     backend = _build.backend()
     device = input.device.type
-    if torch.compiler.is_exporting() or device not in _build.DEVICES:
+    if (
+        torch.compiler.is_exporting()
+        or device not in _build.DEVICES
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or (type(input) is not Tensor and not isinstance(input, torch.nn.Parameter))
+    ):
         return False
     return (auto if backend == "auto" else backend == "kernel") and register_fakes(device)
 
@@ -378,7 +384,6 @@ def _fake_add_norm_fwd(x, residual, weight, bias, seed, view, statistic, *_):  #
 
 
 def _fake_gradients(x, weight, bias, view, mask):  # type: ignore[no-untyped-def]
-    none = x.new_empty(0)
     inner = view[4]
     channels = view[1] if inner == 0 else view[2] * (view[3] // inner)
 
@@ -387,10 +392,10 @@ def _fake_gradients(x, weight, bias, view, mask):  # type: ignore[no-untyped-def
         return x.new_empty(channels, dtype=dtype)
 
     return (
-        torch.empty_like(x) if mask[0] else none,
-        per_channel(weight) if mask[1] else none,
-        per_channel(bias) if mask[2] else none,
-        torch.empty_like(x) if mask[3] else none,
+        torch.empty_like(x) if mask[0] else x.new_empty(0),
+        per_channel(weight) if mask[1] else x.new_empty(0),
+        per_channel(bias) if mask[2] else x.new_empty(0),
+        torch.empty_like(x) if mask[3] else x.new_empty(0),
     )
 
 
@@ -402,9 +407,14 @@ def _fake_add_norm_bwd(grad, grad_sum, total, weight, mean, var, seed, view, *re
     return _fake_gradients(total, weight, None, view, rest[-1])
 
 
-FAKES = {
+def _fake_add_penalty_grad_(grads, params, l1, l2):  # type: ignore[no-untyped-def]
+    return params[0].new_empty(2, dtype=_reference.accumulate_dtype(params[0].dtype))
+
+
+FAKES: dict[str, Callable[..., Any]] = {
     "norm_fwd": _fake_norm_fwd,
     "norm_bwd": _fake_norm_bwd,
     "add_norm_fwd": _fake_add_norm_fwd,
     "add_norm_bwd": _fake_add_norm_bwd,
+    "add_penalty_grad_": _fake_add_penalty_grad_,
 }

@@ -43,14 +43,27 @@ def check_updatable(running_mean: Tensor, input: Tensor) -> None:
             )
 
 
+def snapshot(buffer: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy of a buffer whose old value a backward needs after this forward has overwritten it."""
+    buffer = buffer.to(dtype or buffer.dtype, copy=not torch.compiler.is_compiling())
+    if torch.compiler.is_compiling():
+        # A plain copy would be made again in the backward, of the overwritten buffer (AOTAutograd
+        # of torch 2.13 at least). Cumulative sums, here of one number, are not computed twice.
+        return buffer.unsqueeze(0).cumsum(0).squeeze(0)
+    return buffer
+
+
 def frozen_statistics(
-    mean: Tensor, var: Tensor, input: Tensor, *others: Tensor | None
+    mean: Tensor, var: Tensor, update: bool, input: Tensor, *others: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Running statistics for the kernels: copies where they are saved for a backward.
 
-    DistributedDataParallel writes to buffers between a forward and its backward.
+    `update`: they will be written to in this forward. DistributedDataParallel writes to buffers
+    between a forward and its backward.
     """
     dtype = accumulate_dtype(input.dtype)
+    if update:
+        return snapshot(mean.detach(), dtype), snapshot(var.detach(), dtype)
     saved = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (input, *others)
     )

@@ -315,7 +315,9 @@ def normalize(
     frozen = None
     if not batch_statistics:
         assert running_mean is not None and running_var is not None
-        frozen = _running.frozen_statistics(running_mean, running_var, x, weight, bias, residual)
+        frozen = _running.frozen_statistics(
+            running_mean, running_var, update, x, weight, bias, residual
+        )
     norm = synced or _channels.norm
     if valid is not None and not chunk and not torch.compiler.is_compiling():
         norm = synced or _parts.norm
@@ -610,12 +612,12 @@ class _RunningBatchNorm(_BatchNorm):
         assert m is not None and v is not None
         samples, values = input.shape[0], input.numel() // input.shape[1]
         a = 1 - (1 - (self.momentum or 0.0)) / math.sqrt(max(samples - 1, 1))
-        count = (1 - a) * self.running_count + a * values
+        count = (1 - a) * _running.snapshot(self.running_count) + a * values
         k = (a * values / count.clamp(min=torch.finfo(count.dtype).tiny)).to(dtype)
-        old = mean.to(dtype, copy=True)
+        old = _running.snapshot(mean, dtype)
         new_mean = old + k * (m - old)
-        new_var = (1 - k) * var.to(dtype) + k * v + k * (1 - k) * (m - old).square()
-        seen = self.num_samples + samples
+        new_var = (1 - k) * _running.snapshot(var, dtype) + k * v + k * (1 - k) * (m - old).square()
+        seen = _running.snapshot(self.num_samples) + samples
         code = activation_code(self.activation)
         seed = _layers.draw(input, self.dropout_p, True, None)
         call = NormCall(

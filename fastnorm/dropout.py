@@ -719,9 +719,8 @@ def _exact_count(input: Tensor, p: float, generator: torch.Generator | None) -> 
     n = input.shape[-1] if input.dim() else 1
     count = round((1.0 - p) * n)
     # Ties among 53-bit numbers are too rare to favour a position.
-    order = torch.rand(
-        input.shape, dtype=torch.float64, device=input.device, generator=generator
-    ).argsort(-1)
+    random = torch.empty(input.shape, dtype=torch.float64, device=input.device)
+    order = random.uniform_(generator=generator).argsort(-1)
     keep = torch.zeros(input.shape, dtype=torch.bool, device=input.device)
     keep = keep.scatter(-1, order[..., :count], True) if input.dim() else keep.fill_(count == 1)
     return torch.where(keep, input * (n / count if count else 0.0), 0.0)

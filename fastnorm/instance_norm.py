@@ -183,7 +183,7 @@ def instance_norm(
     if not use_input_stats:
         assert running_mean is not None and running_var is not None
         frozen = _running.frozen_statistics(
-            running_mean, running_var, input, weight, bias, residual
+            running_mean, running_var, False, input, weight, bias, residual
         )
         return _channels.norm(input, 0, weight, bias, residual, frozen, seed, call, mask=valid).y
     out = _channels.norm(input, channels, weight, bias, residual, None, seed, call, mask=valid)

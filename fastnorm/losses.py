@@ -294,6 +294,8 @@ def _use_kernel(input: Tensor, weight: Tensor | None, prior: Tensor | None) -> b
     # The kernel differentiates the logits alone.
     if any(t is not None and t.requires_grad for t in (weight, prior)):
         return False
+    if torch.compiler.is_compiling():
+        return _ops.keeps_operator(input, False)
     return _ops.use_kernel(input, weight, prior)
 
 

@@ -19,7 +19,9 @@ __all__ = ["DropBlock2d", "DropBlock3d", "GaussianDropout", "GaussianNoise"]
 def _normal(input: Tensor, generator: torch.Generator | None) -> Tensor:
     check_input(input)
     check_generator(generator, input)
-    return torch.randn(input.shape, dtype=input.dtype, device=input.device, generator=generator)
+    return torch.empty(input.shape, dtype=input.dtype, device=input.device).normal_(
+        generator=generator
+    )
 
 
 class GaussianNoise(torch.nn.Module):
@@ -133,11 +135,9 @@ class _DropBlock(torch.nn.Module):
             block = [min(k, size) for size in sizes]
             grid = [size - b + 1 for size, b in zip(sizes, block, strict=True)]
             gamma = min(1.0, self.p / math.prod(block) * math.prod(sizes) / math.prod(grid))
-        centres = torch.rand(
-            (n, 1 if self.couple_channels else c, *grid),
-            device=input.device,
-            generator=self.generator,
-        )
+        centres = torch.empty(
+            (n, 1 if self.couple_channels else c, *grid), device=input.device
+        ).uniform_(generator=self.generator)
         hit = (centres < gamma).to(torch.float32)
         if not self.calibrated:
             hit = F.pad(hit, [b - 1 for b in reversed(block) for _ in range(2)])

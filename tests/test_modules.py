@@ -196,3 +196,16 @@ def test_a_gradient_scaler_skips_and_recovers(kernels):
         scaler.step(optimizer)
         scaler.update()
         assert torch.equal(model[1].weight, before) != expected_step
+
+
+@modules
+def test_meta_tensors_have_shapes(name, kernels):
+    module, x = build(name)
+    y = module.to("meta")(x.detach().to("meta"))
+    assert y.device.type == "meta" and y.shape == x.shape
+
+
+def test_skip_init():
+    for cls, args in ((fastnorm.LayerNorm, (8,)), (fastnorm.BatchNorm2d, (8,))):
+        module = nn.utils.skip_init(cls, *args)
+        assert type(module) is cls and all(p.device.type == "cpu" for p in module.parameters())
