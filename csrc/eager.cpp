@@ -7,6 +7,8 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include <cmath>
+
 #include "autograd.h"
 #include "cpu/norm_cpu.h"
 #include "dropout.h"
@@ -117,8 +119,8 @@ py::object row_norm(const py::handle& input, const py::handle& normalized_shape,
   }
   const int64_t n = normalized_numel(normalized_shape.ptr(), x, w, b);
   const double eps = read_eps(eps_arg.ptr(), x);
-  if (n <= 0 || !(eps >= 0) || !parameter_fits(w, x, n) || !parameter_fits(b, x, n) ||
-      (r.defined() && !same_shape(r, x))) {
+  if (n <= 0 || !(eps >= 0 && std::isfinite(eps)) || !parameter_fits(w, x, n) ||
+      !parameter_fits(b, x, n) || (r.defined() && !same_shape(r, x))) {
     return py::none();
   }
   NormCall call = row_call(x, n, statistic, eps);
@@ -144,7 +146,8 @@ py::object add_row_norm(const py::handle& input, const py::handle& residual,
   }
   const int64_t n = normalized_numel(normalized_shape.ptr(), x, w, b);
   const double eps = read_eps(eps_arg.ptr(), x);
-  if (n <= 0 || !(eps >= 0) || !parameter_fits(w, x, n) || !parameter_fits(b, x, n))
+  if (n <= 0 || !(eps >= 0 && std::isfinite(eps)) || !parameter_fits(w, x, n) ||
+      !parameter_fits(b, x, n))
     return py::none();
   NormCall call = row_call(x, n, statistic, eps);
   call.weight_offset = weight_offset;

@@ -212,7 +212,7 @@ py::object batch_norm(const py::handle& input, const py::handle& running_mean,
       !plain_tensor(residual.ptr(), res) || !read_running(running_mean, running_var, r) ||
       !read_counter(tracked, r.tracked) || !read_counter(skipped, r.skipped) ||
       !read_channels(x, c) || !channel_fits(w, x, c.count) || !channel_fits(b, x, c.count) ||
-      !residual_fits(res, x) || !(batch_statistics ? eps > 0 : eps >= 0)) {
+      !residual_fits(res, x) || !(batch_statistics ? eps > 0 : eps >= 0) || !std::isfinite(eps)) {
     return py::none();
   }
   if (chunk <= 0 || chunk > c.batch || !batch_statistics) chunk = c.batch;
@@ -262,7 +262,7 @@ py::object group_norm(const py::handle& input, const py::handle& groups_arg,
       !plain_tensor(input.ptr(), x) || !x.defined() || !plain_tensor(weight.ptr(), w) ||
       !plain_tensor(bias.ptr(), b) || !plain_tensor(residual.ptr(), res) || !read_channels(x, c) ||
       !channel_fits(w, x, c.count) || !channel_fits(b, x, c.count) || !residual_fits(res, x) ||
-      !(eps >= 0)) {
+      !(eps >= 0 && std::isfinite(eps))) {
     return py::none();
   }
   int64_t groups = c.count;

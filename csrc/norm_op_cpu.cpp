@@ -1,19 +1,22 @@
 // CPU side of the norm operators: choice of geometry and dtype.
+#include <limits>
+
 #include "cpu/norm_cpu.h"
 #include "norm_op.h"
 
 namespace fastnorm::cpu {
 namespace {
 
-// A parameter in the accumulation type, with the offset added. Kernels read it many times, so
-// one conversion of `channels` values here saves a template parameter there.
+// A parameter or statistic in the accumulation type, with the offset added and, for 16-bit inputs,
+// any NaN made canonical (vec_math.h: store). Kernels read it many times, so one conversion of
+// `channels` values here saves a template parameter there.
 template <typename A>
 class Parameter {
  public:
   Parameter(const OptionalTensor& t, double offset, const at::Tensor& x) {
     if (!has(t)) return;
     const auto dtype = c10::CppTypeToScalarType<A>::value;
-    if (t->scalar_type() == dtype && offset == 0.0) {
+    if (t->scalar_type() == dtype && offset == 0.0 && x.element_size() > 2) {
       data_ = t->const_data_ptr<A>();
       return;
     }
@@ -23,7 +26,8 @@ class Parameter {
       using P = decltype(zero);
       const P* in = t->const_data_ptr<P>();
       for (int64_t i = 0; i < t->numel(); ++i) {
-        out[i] = static_cast<A>(in[i]) + static_cast<A>(offset);
+        const A v = static_cast<A>(in[i]) + static_cast<A>(offset);
+        out[i] = v == v ? v : std::numeric_limits<A>::quiet_NaN();
       }
     });
     data_ = out;
@@ -48,8 +52,9 @@ struct CpuNorm {
       using A = acc_t<T>;
       const Parameter<A> w(weight, config.weight_offset, x), b(bias, 0.0, x);
       const bool centered = config.statistic == Statistic::MeanVar;
-      A* m = config.frozen ? const_cast<A*>(input_data<A>(mean)) : output_data<A>(out.mean);
-      A* v = config.frozen ? const_cast<A*>(input_data<A>(var)) : output_data<A>(out.var);
+      const Parameter<A> given_mean(centered ? mean : std::nullopt, 0.0, x), given_var(var, 0.0, x);
+      A* m = config.frozen ? const_cast<A*>(given_mean.get()) : output_data<A>(out.mean);
+      A* v = config.frozen ? const_cast<A*>(given_var.get()) : output_data<A>(out.var);
       const NormForward<T> p{
           config,  input_data<T>(x),      input_data<T>(residual), w.get(),
           b.get(), output_data<T>(out.y), output_data<T>(out.sum), centered ? m : nullptr,
@@ -71,6 +76,8 @@ struct CpuNorm {
       using A = acc_t<T>;
       const Parameter<A> w(weight, config.weight_offset, x), b(bias, 0.0, x);
       const bool centered = config.statistic == Statistic::MeanVar;
+      const Parameter<A> given_mean(config.frozen && centered ? mean : std::nullopt, 0.0, x);
+      const Parameter<A> given_var(config.frozen ? OptionalTensor(var) : std::nullopt, 0.0, x);
       const NormBackward<T> p{config,
                               input_data<T>(dy),
                               input_data<T>(dsum),
@@ -78,8 +85,10 @@ struct CpuNorm {
                               input_data<T>(residual),
                               w.get(),
                               b.get(),
-                              centered ? input_data<A>(mean) : nullptr,
-                              input_data<A>(var),
+                              !centered       ? nullptr
+                              : config.frozen ? given_mean.get()
+                                              : input_data<A>(mean),
+                              config.frozen ? given_var.get() : input_data<A>(var),
                               output_data<T>(out.x),
                               output_data<T>(out.residual),
                               output_data<A>(out.weight),

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fastnorm
 from fastnorm import _build
 
 EPS = 1e-5
@@ -458,6 +459,22 @@ def test_large_mean(name):
     rstd = (var.flatten().double() + EPS).rsqrt()
     torch.testing.assert_close(rstd, (expected["var"] + EPS).rsqrt(), rtol=1e-5, atol=0)
     torch.testing.assert_close(mean.flatten().double(), expected["mean"], rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(2, 65), (2, 17, 1, 1), (1, 17, 1, 2), (1, 17, 2, 1)])
+def test_two_values_a_channel_have_no_gradient(shape):
+    """xhat is 1 and -1 there, so dx is 0 but for rounding, which rstd must not blow up."""
+    x = torch.randn(shape).mul(0.1).bfloat16().requires_grad_()
+    residual = torch.randn(shape).bfloat16().requires_grad_()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        a = x if len(shape) == 2 else x.contiguous(memory_format=layout)
+        y = fastnorm.batch_norm(
+            a, None, None, training=True, eps=1e-12, activation="gelu", residual=residual
+        )
+        (dx, _) = torch.autograd.grad(y, (x, residual), torch.randn(shape).bfloat16())
+        dims = [d for d in range(len(shape)) if d != 1]
+        rstd = x.detach().float().var(dims, unbiased=False).rsqrt().max()
+        assert dx.abs().max() < 2**-14 * rstd
 
 
 @pytest.mark.parametrize("name", ["batch 7x7", "batch NC, tall", "instance NHWC, large"])

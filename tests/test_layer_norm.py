@@ -69,3 +69,24 @@ def test_module_arguments_are_checked(make):
 def test_activation_of_the_module_is_checked():
     with pytest.raises(ValueError, match="activation"):
         fastnorm.LayerNorm(6, activation="mish")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operator_with_a_gradient_of_the_sum_alone(dtype):
+    total, grad_sum = random_tensor(2, 5, 33).to(dtype).unbind()
+    mean, var = torch.zeros(5), torch.ones(5)
+    dx, dw, db, dr = torch.ops.fastnorm.add_norm_bwd(
+        None, grad_sum, total, torch.ones(33, dtype=dtype), mean, var, None,
+        (5, 1, 1, 33, 1, 1), 0, 1e-5, 0.0, 0.0, [False, True, True, True],
+    )  # fmt: skip
+    assert torch.equal(dr, grad_sum)
+    assert not dw.any() and not db.any() and dx.numel() == 0
+
+
+def test_rounding_keeps_every_nan_and_infinity(device):
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7F800000, -0x800000], dtype=torch.int32)
+    weight = bits.view(torch.float32).to(device)
+    x = random_tensor(3, 5).bfloat16().to(device)
+    y = fastnorm.layer_norm(x, (5,), weight)
+    torch.testing.assert_close(y, F.layer_norm(x, (5,)) * weight.bfloat16(), equal_nan=True)
+    assert y[:, :3].isnan().all()

@@ -158,6 +158,15 @@ inline void start_backward(const NormConfig& c, const Stretches& at, const T* dy
   at.for_each([&](int64_t i, int64_t j) { store_chunk(grad + j, dresidual + i, at.length); });
 }
 
+// Whether the second pass may read the gradient that the pass of the sums has written to dresidual.
+// In 16 bits it is not quite what was summed, and among few values most of it cancels.
+template <typename T>
+inline bool reads_back(const NormBackward<T>& p) {
+  const View& view = p.config.view;
+  return p.dresidual != nullptr &&
+         (sizeof(T) > 2 || std::min(view.reduce_outer, view.tail) * view.reduce_inner >= 64);
+}
+
 // A ReLU without dropout is worked out within the loops of the norm, not chunk by chunk.
 template <typename P>
 inline bool is_fused_relu(const P& p) {

@@ -268,7 +268,7 @@ class Backward {
     expand(o, first, n, columns);
     // An activation's derivative and a mask are worked out once; a ReLU's costs less than to keep.
     A* cache = nullptr;
-    if (epilogue_ && sums_ && !relu_ && p_.dresidual == nullptr) {
+    if (epilogue_ && sums_ && !relu_ && !reads_back(p_)) {
       const int64_t cached = v_.reduce_outer * (t_.fold > 1 ? t_.row : n);
       cache = thread_scratch<A, Slot::Gradient>(round_up(cached, t_.width));
     }
@@ -491,7 +491,7 @@ class Backward {
         };
         if (!epilogue_) {
           from(p_.dy + index);
-        } else if (sums_ && p_.dresidual != nullptr) {
+        } else if (sums_ && reads_back(p_)) {
           from(static_cast<const T*>(p_.dresidual + index));  // what the sums' pass has written
         } else if (cache != nullptr) {
           from(cache + r * n + j0 - first);

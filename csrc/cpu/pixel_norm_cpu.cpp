@@ -149,7 +149,7 @@ class PixelBackward {
     std::fill_n(pixels.e, n, A(0));
     // An activation's derivative and a mask are worked out once if their result stays in L2.
     A* cache = nullptr;
-    if (epilogue_ && sums_ && p_.dresidual == nullptr) {
+    if (epilogue_ && sums_ && !reads_back(p_)) {
       cache = thread_scratch<A, Slot::Gradient>(rows * n);
     }
     if (sums_) sums(rows, offset, n, pixels, cache, db, dw);
@@ -160,7 +160,7 @@ class PixelBackward {
       const int64_t index = offset + r * t_.stride;
       if (!epilogue_) {
         to_input(index, r, n, p_.dy + index, pixels);
-      } else if (sums_ && p_.dresidual != nullptr) {
+      } else if (sums_ && reads_back(p_)) {
         // What the sums' pass has written.
         if (p_.dx != nullptr) to_input(index, r, n, p_.dresidual + index, pixels);
       } else if (cache != nullptr) {

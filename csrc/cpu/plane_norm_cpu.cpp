@@ -298,7 +298,7 @@ class PlaneBackward {
     if (t_.resident) {
       parallel_tasks(channels, bytes, [&](int64_t channel) {
         A* cache = nullptr;
-        if (epilogue_ && sums_ && map_needed && !relu_ && p_.dresidual == nullptr) {
+        if (epilogue_ && sums_ && map_needed && !relu_ && !reads_back(p_)) {
           cache = thread_scratch<A, Slot::Gradient>(v_.reduce_outer * t_.length);
         }
         for (int64_t i = 0; sums_ && i < t_.chunks; ++i) {
@@ -454,7 +454,7 @@ class PlaneBackward {
       if (p_.dx == nullptr) return;
       to_input(offset, n, [=](auto tag, auto, int64_t i) { return load(tag, g + i); });
     };
-    const bool written = sums_ && p_.dresidual != nullptr;  // by the sums' pass
+    const bool written = sums_ && reads_back(p_);  // by the sums' pass
     const T* stored = !epilogue_ ? p_.dy : written ? p_.dresidual : nullptr;
     T* dresidual = sums_ ? nullptr : p_.dresidual;
     alignas(64) A pre[kPiece], grad[kPiece];

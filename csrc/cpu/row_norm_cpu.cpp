@@ -10,10 +10,12 @@
 //              (RMS norm has no mean(g); frozen statistics have neither mean)
 //
 // A row is cut into stretches of kStretch elements, which stay in L1 between the two passes of the
-// variance; their moments are merged in order, in double. dweight and dbias are summed over
-// kSumRows rows at a time, these sums over a block of rows, and the blocks in order. All cuts are
-// functions of the shape alone, so every bit of the result is independent of the number of threads,
-// and a row's of the other rows.
+// variance; their moments are merged in order, in double. A 16-bit row is widened once, into
+// scratch, where it is short enough to stay in L2; the next row is fetched while this one is
+// written, because the passes in between leave the memory idle (10 to 25 % of the whole). dweight
+// and dbias are summed over kSumRows rows at a time, these sums over a block of rows, and the
+// blocks in order. All cuts are functions of the shape alone, so every bit of the result is
+// independent of the number of threads, and a row's of the other rows.
 #include <ATen/Parallel.h>
 
 #include <vector>
@@ -26,33 +28,11 @@ namespace fastnorm::cpu {
 namespace {
 
 constexpr int64_t kStretch = 4096;
+constexpr int64_t kScratch = 16384;  // columns that are kept widened: 64 KB of float
 constexpr int64_t kTaskBytes = 32 * 1024;
 
 // Rows that are added one by one in float: 131,072 in a chain lost 5 times torch's precision.
 constexpr int64_t kSumRows = 64;
-
-// Two passes: a mean, then the deviations from it, whose own mean corrects it. The shift by the
-// first element makes a constant row exact.
-template <typename T>
-Moments<double> stretch_moments(const T* x, int64_t n) {
-  using A = acc_t<T>;
-  const A shift = static_cast<A>(x[0]);
-  const A sum = wide_sum<A>(n, [&](auto tag, int64_t i) { return load(tag, x + i) - shift; });
-  const A center = shift + sum / static_cast<A>(n);
-  const auto [off, square] = wide_sum_and_dot<A>(
-      n, [&](auto tag, int64_t i, auto& d) { return d = load(tag, x + i) - center; });
-  const double correction = static_cast<double>(off) / n;
-  return {static_cast<double>(n), center + correction, std::max(0.0, square - off * correction)};
-}
-
-template <typename T>
-double stretch_squares(const T* x, int64_t n) {
-  using A = acc_t<T>;
-  return wide_sum<A>(n, [&](auto tag, int64_t i) {
-    const auto v = load(tag, x + i);
-    return v * v;
-  });
-}
 
 // Calls f(first, count) for the stretches of a row.
 template <typename F>
@@ -60,23 +40,73 @@ void for_each_stretch(int64_t n, int64_t size, F&& f) {
   for (int64_t first = 0; first < n; first += size) f(first, std::min(size, n - first));
 }
 
+// x[0, n) in the accumulation type: x itself, or widened into `scratch`.
+template <typename T>
+const acc_t<T>* widened(const T* x, int64_t n, acc_t<T>* scratch) {
+  if constexpr (std::is_same_v<T, acc_t<T>>) {
+    return x;
+  } else {
+    load_chunk(x, scratch, n);
+    return scratch;
+  }
+}
+
+// Two passes: a mean, then the deviations from it, whose own mean corrects it. The shift by the
+// first element makes a constant row exact. source(tag, i) is called for all elements in order
+// (and for the first once more), after which they are at `values`.
+template <typename A, typename F>
+Moments<double> stretch_moments(int64_t n, F&& source, const A* values) {
+  const A shift = source(OneTag{}, 0);
+  const A sum = wide_sum<A>(n, [&](auto tag, int64_t i) { return source(tag, i) - shift; });
+  const A center = shift + sum / static_cast<A>(n);
+  const auto [off, square] = wide_sum_and_dot<A>(
+      n, [&](auto tag, int64_t i, auto& d) { return d = load(tag, values + i) - center; });
+  const double correction = static_cast<double>(off) / n;
+  return {static_cast<double>(n), center + correction, std::max(0.0, square - off * correction)};
+}
+
+template <typename A, typename F>
+double stretch_squares(int64_t n, F&& source) {
+  return wide_sum<A>(n, [&](auto tag, int64_t i) {
+    const auto v = source(tag, i);
+    return v * v;
+  });
+}
+
 template <typename T>
 struct RowStats {
   acc_t<T> mean, var;
 };
 
-template <typename T>
-RowStats<T> row_stats(const T* x, int64_t n, Statistic statistic) {
+// Statistics of the row at x, or with kAdd of the sum that it writes: x = p.x + p.residual. A
+// 16-bit row is widened into `scratch`, all of it or (not `keep`) stretch after stretch.
+template <bool kAdd, typename T>
+RowStats<T> row_stats(const NormForward<T>& p, int64_t at, T* x, acc_t<T>* scratch, bool keep) {
   using A = acc_t<T>;
-  if (statistic == Statistic::MeanSquare) {
-    double squares = 0;
-    for_each_stretch(n, kStretch,
-                     [&](int64_t i, int64_t m) { squares += stretch_squares(x + i, m); });
-    return {A(0), static_cast<A>(squares / n)};
-  }
+  constexpr bool kWiden = !std::is_same_v<T, A>;
+  const int64_t n = p.config.view.reduce_inner;
+  const bool centered = p.config.statistic == Statistic::MeanVar;
   Moments<double> all;
-  for_each_stretch(n, kStretch,
-                   [&](int64_t i, int64_t m) { all.merge(stretch_moments(x + i, m)); });
+  double squares = 0;
+  for_each_stretch(n, kStretch, [&](int64_t first, int64_t m) {
+    A* wide = scratch + (keep ? first : 0);
+    T* in = x + first;
+    const T *a = kAdd ? p.x + at + first : in, *b = p.residual + at + first;
+    const auto source = [&](auto tag, int64_t i) {
+      auto v = load(tag, a + i);
+      if constexpr (kAdd) v = store(tag, in + i, v + load(tag, b + i));
+      if constexpr (kWiden) store(tag, wide + i, v);
+      return v;
+    };
+    if (!centered) {
+      squares += stretch_squares<A>(m, source);
+    } else if constexpr (kWiden) {
+      all.merge(stretch_moments<A>(m, source, wide));
+    } else {
+      all.merge(stretch_moments<A>(m, source, in));
+    }
+  });
+  if (!centered) return {A(0), static_cast<A>(squares / n)};
   return {static_cast<A>(all.mean), static_cast<A>(all.m2 / n)};
 }
 
@@ -90,8 +120,9 @@ struct Row {
   const A* weight;
   const A* bias;
 
-  // xhat of columns [first, first + n)
-  void center(const T* x, int64_t n, A* xhat) const {
+  // xhat of n columns
+  template <typename S>
+  void center(const S* x, int64_t n, A* xhat) const {
     for_each_wide<A>(
         n, [&](auto tag, int64_t i) { store(tag, xhat + i, (load(tag, x + i) - mean) * rstd); });
   }
@@ -134,15 +165,18 @@ Row<T> make_row(const NormConfig& c, int64_t row, RowStats<T> s, const acc_t<T>*
           weight, bias};
 }
 
-// y = xhat * weight + bias with nothing after it and one parameter per column: no scratch.
+// y = xhat * weight + bias of columns [first, first + n), with nothing after it and one parameter
+// per column: no scratch. `next` is what the following row reads.
 template <typename T>
-void apply_plain(const Row<T>& row, const T* x, int64_t n, T* y) {
+void apply_plain(const Row<T>& row, const acc_t<T>* x, int64_t first, int64_t n, T* y,
+                 const T* next) {
   using A = acc_t<T>;
-  const A *w = row.weight ? row.weight + row.first_channel : nullptr,
-          *b = row.bias ? row.bias + row.first_channel : nullptr;
+  const A *w = row.weight ? row.weight + row.first_channel + first : nullptr,
+          *b = row.bias ? row.bias + row.first_channel + first : nullptr;
   const A mean = row.mean, rstd = row.rstd;
   const auto run = [&](auto&& affine) {
     for_each_wide<A>(n, [&](auto tag, int64_t i) {
+      prefetch(next + i);
       store(tag, y + i, affine(tag, i, (load(tag, x + i) - mean) * rstd));
     });
   };
@@ -157,39 +191,51 @@ void apply_plain(const Row<T>& row, const T* x, int64_t n, T* y) {
   }
 }
 
+// sum = residual + dropout(x) of elements [at, at + n)
 template <typename T>
-void forward_row(const NormForward<T>& p, int64_t index) {
+void drop_and_add(const NormForward<T>& p, int64_t at, int64_t n) {
+  acc_t<T> buffer[kChunk];
+  for_each_stretch(n, kChunk, [&](int64_t i, int64_t m) {
+    load_chunk(p.x + at + i, buffer, m);
+    apply_dropout(buffer, m, at + i, p.config.dropout);
+    add_chunk(p.residual + at + i, buffer, m);
+    store_chunk(buffer, p.sum + at + i, m);
+  });
+}
+
+// `scratch` has room for min(n, kScratch) values.
+template <typename T>
+void forward_row(const NormForward<T>& p, int64_t index, acc_t<T>* scratch) {
   using A = acc_t<T>;
   const NormConfig& c = p.config;
   const int64_t n = c.view.reduce_inner, at = index * n;
-  A buffer[kChunk];
-  const T* x = p.x + at;
-  if (c.prologue) {
-    T* sum = p.sum + at;
-    for_each_stretch(n, kChunk, [&](int64_t i, int64_t m) {
-      load_chunk(x + i, buffer, m);
-      if (c.dropout.seed) apply_dropout(buffer, m, at + i, c.dropout);
-      add_chunk(p.residual + at + i, buffer, m);
-      store_chunk(buffer, sum + i, m);
-    });
-    x = sum;
-  }
+  const bool keep = n <= kScratch && !c.frozen;
+  T* x = c.prologue ? p.sum + at : const_cast<T*>(p.x) + at;  // written only as the sum
   RowStats<T> stats;
   if (c.frozen) {
     stats = {p.mean ? p.mean[index] : A(0), p.var[index]};
   } else {
-    stats = row_stats(x, n, c.statistic);
+    if (c.prologue && !c.dropout.seed) {
+      stats = row_stats<true>(p, at, x, scratch, keep);
+    } else {
+      if (c.prologue) drop_and_add(p, at, n);
+      stats = row_stats<false>(p, at, x, scratch, keep);
+    }
     if (p.mean) p.mean[index] = stats.mean;
     p.var[index] = stats.var;
   }
   const Row<T> row = make_row(c, index, stats, p.weight, p.bias);
   const bool epilogue = !c.prologue && has_epilogue(c, p.residual);
-  if (!epilogue && c.view.inner == 1) {
-    apply_plain(row, x, n, p.y + at);
-    return;
-  }
-  for_each_stretch(n, kChunk, [&](int64_t i, int64_t m) {
-    row.center(x + i, m, buffer);
+  const bool plain = !epilogue && c.view.inner == 1;
+  for_each_stretch(n, plain ? kStretch : kChunk, [&](int64_t i, int64_t m) {
+    const A* values = scratch + i;
+    if (!keep || std::is_same_v<T, A>) values = widened(x + i, m, scratch);
+    if (plain) {
+      apply_plain(row, values, i, m, p.y + at + i, p.x + at + n + i);
+      return;
+    }
+    A buffer[kChunk];
+    row.center(values, m, buffer);
     row.affine(buffer, i, m, buffer);
     if (epilogue) {
       if (p.residual) add_chunk(p.residual + at + i, buffer, m);
@@ -243,6 +289,10 @@ template <typename T>
 void epilogue_backward(const NormBackward<T>& p, const Row<T>& row, int64_t at, int64_t first,
                        int64_t n, const acc_t<T>* xhat, acc_t<T>* pre, acc_t<T>* d) {
   const NormConfig& c = p.config;
+  if (!p.dy) {  // of the prologue, whose sum alone has a gradient
+    std::fill_n(d, n, acc_t<T>(0));
+    return;
+  }
   load_chunk(p.dy + at + first, d, n);
   if (c.prologue) return;
   if (c.dropout.seed) apply_dropout(d, n, at + first, c.dropout);
@@ -270,11 +320,45 @@ void times_weight(const Row<T>& row, const acc_t<T>* d, int64_t first, int64_t n
   });
 }
 
-// Both passes with nothing around the norm and one parameter per column: no scratch. Which
-// parameters there are is known to the compiler: as branches in the loop they doubled its time.
+// The means of g and of g * xhat over a row, which dx subtracts.
+template <typename A>
+struct RowMeans {
+  A g, gx;
+  RowMeans(const NormConfig& c, const BackwardSums<double>& sums)
+      : g(c.frozen || c.statistic == Statistic::MeanSquare
+              ? A(0)
+              : static_cast<A>(sums.g / c.view.reduce_inner)),
+        gx(c.frozen ? A(0) : static_cast<A>(sums.gx / c.view.reduce_inner)) {}
+};
+
+// out = dx [+ dsum] of a row; values(tag, i, xhat) gives g and xhat. `next` is what the following
+// row reads.
+template <typename T, typename F>
+void write_dx(const Row<T>& row, RowMeans<acc_t<T>> mean, int64_t n, const T* dsum, T* out,
+              const T* next, F&& values) {
+  using A = acc_t<T>;
+  const A rstd = row.rstd;
+  const auto run = [&](auto&& plus) {
+    for_each_wide<A>(n, [&](auto tag, int64_t i) {
+      prefetch(next + i);
+      decltype(load(tag, out)) xhat;
+      const auto g = values(tag, i, xhat);
+      store(tag, out + i, plus(tag, i, (g - mean.g - xhat * mean.gx) * rstd));
+    });
+  };
+  if (dsum) {
+    run([&](auto tag, int64_t i, auto v) { return v + load(tag, dsum + i); });
+  } else {
+    run([](auto, int64_t, auto v) { return v; });
+  }
+}
+
+// Both passes with one parameter per column and nothing after the norm; before it a residual,
+// whose gradient is that of the sum. Which parameters there are is known to the compiler: as
+// branches in the loop they doubled its time. `scratch` keeps xhat and g of a 16-bit row.
 template <bool kWeight, bool kDweight, bool kDbias, typename T>
 void backward_row_plain(const NormBackward<T>& p, const Row<T>& row, int64_t at,
-                        ChannelSums<acc_t<T>> sums) {
+                        ChannelSums<acc_t<T>> sums, std::vector<acc_t<T>>& scratch) {
   using A = acc_t<T>;
   const NormConfig& c = p.config;
   const int64_t n = c.view.reduce_inner;
@@ -283,8 +367,12 @@ void backward_row_plain(const NormBackward<T>& p, const Row<T>& row, int64_t at,
   const A* w = kWeight ? row.weight + row.first_channel : nullptr;
   A* dw = kDweight ? sums.dweight + row.first_channel : nullptr;
   A* db = kDbias ? sums.dbias + row.first_channel : nullptr;
+  T* out = c.prologue ? p.dresidual : p.dx;
+  const bool keep = !std::is_same_v<T, A> && n <= kScratch && out != nullptr;
+  if (keep) scratch.resize(2 * n);
+  A *kept_xhat = scratch.data(), *kept_g = scratch.data() + n;
   BackwardSums<double> total;
-  for_each_stretch(n, kStretch, [&](int64_t first, int64_t m) {
+  const auto sum_stretch = [&](int64_t first, int64_t m, auto&& use) {
     const auto [g, gx] = wide_sum_and_dot<A>(m, [&](auto tag, int64_t j, auto& xhat) {
       const int64_t i = first + j;
       xhat = (load(tag, x + i) - mean) * rstd;
@@ -292,36 +380,55 @@ void backward_row_plain(const NormBackward<T>& p, const Row<T>& row, int64_t at,
       if constexpr (kDweight) store(tag, dw + i, fmadd(d, xhat, load(tag, dw + i)));
       if constexpr (kDbias) store(tag, db + i, load(tag, db + i) + d);
       if constexpr (kWeight) d = d * load(tag, w + i);
+      use(tag, i, xhat, d);
       return d;
     });
     total.g += g;
     total.gx += gx;
+  };
+  for_each_stretch(n, kStretch, [&](int64_t first, int64_t m) {
+    if (keep) {
+      sum_stretch(first, m, [&](auto tag, int64_t i, auto xhat, auto g) {
+        store(tag, kept_xhat + i, xhat);
+        store(tag, kept_g + i, g);
+      });
+    } else {
+      sum_stretch(first, m, [](auto, int64_t, auto, auto) {});
+    }
   });
-  if (!p.dx) return;
-  const bool centered = c.statistic == Statistic::MeanVar;
-  const A mean_g = c.frozen || !centered ? A(0) : static_cast<A>(total.g / n);
-  const A mean_gx = c.frozen ? A(0) : static_cast<A>(total.gx / n);
-  for_each_wide<A>(n, [&](auto tag, int64_t i) {
-    const auto xhat = (load(tag, x + i) - mean) * rstd;
+  if (!out) return;
+  const RowMeans<A> means(c, total);
+  const T* dsum = p.dsum ? p.dsum + at : nullptr;
+  if (keep) {
+    write_dx(row, means, n, dsum, out + at, x + n, [&](auto tag, int64_t i, auto& xhat) {
+      xhat = load(tag, kept_xhat + i);
+      return load(tag, kept_g + i);
+    });
+    return;
+  }
+  write_dx(row, means, n, dsum, out + at, x + n, [&](auto tag, int64_t i, auto& xhat) {
+    xhat = (load(tag, x + i) - mean) * rstd;
     auto g = load(tag, dy + i);
     if constexpr (kWeight) g = g * load(tag, w + i);
-    store(tag, p.dx + at + i, (g - mean_g - xhat * mean_gx) * rstd);
+    return g;
   });
 }
 
 // The plain form, where it exists for the gradients that are asked for.
 template <typename T>
 bool backward_row_if_plain(const NormBackward<T>& p, const Row<T>& row, int64_t at,
-                           ChannelSums<acc_t<T>> sums) {
-  if (row.view.inner != 1) return false;
+                           ChannelSums<acc_t<T>> sums, std::vector<acc_t<T>>& scratch) {
+  const NormConfig& c = p.config;
+  if (row.view.inner != 1 || c.dropout.seed || !p.dy) return false;
+  if (c.prologue ? p.dx != nullptr : has_epilogue(c, p.residual) || p.dresidual) return false;
   if (row.weight && sums.dweight && sums.dbias) {
-    backward_row_plain<true, true, true>(p, row, at, sums);
+    backward_row_plain<true, true, true>(p, row, at, sums, scratch);
   } else if (row.weight && sums.dweight) {
-    backward_row_plain<true, true, false>(p, row, at, sums);
+    backward_row_plain<true, true, false>(p, row, at, sums, scratch);
   } else if (row.weight && !sums.dbias) {
-    backward_row_plain<true, false, false>(p, row, at, sums);
+    backward_row_plain<true, false, false>(p, row, at, sums, scratch);
   } else if (!row.weight && !sums.dweight && !sums.dbias) {
-    backward_row_plain<false, false, false>(p, row, at, sums);
+    backward_row_plain<false, false, false>(p, row, at, sums, scratch);
   } else {
     return false;
   }
@@ -336,8 +443,7 @@ void backward_row(const NormBackward<T>& p, int64_t index, ChannelSums<acc_t<T>>
   const int64_t n = c.view.reduce_inner, at = index * n;
   const RowStats<T> stats{p.mean ? p.mean[index] : A(0), p.var[index]};
   const Row<T> row = make_row(c, index, stats, p.weight, p.bias);
-  const bool epilogue = has_epilogue(c, p.residual) || c.prologue || p.dresidual;
-  if (!epilogue && backward_row_if_plain(p, row, at, sums)) return;
+  if (backward_row_if_plain(p, row, at, sums, scratch)) return;
   A xhat[kChunk], pre[kChunk], d[kChunk];
   scratch.resize(n);  // g of the whole row: an activation's derivative is not worth doing twice
   BackwardSums<double> total;
@@ -348,20 +454,21 @@ void backward_row(const NormBackward<T>& p, int64_t index, ChannelSums<acc_t<T>>
     add_channel_sums(row, d, xhat, first, m, sums);
     A* g = scratch.data() + first;
     times_weight(row, d, first, m, g);
-    total.g += wide_sum<A>(m, [&](auto tag, int64_t i) { return load(tag, g + i); });
-    total.gx +=
-        wide_sum<A>(m, [&](auto tag, int64_t i) { return load(tag, g + i) * load(tag, xhat + i); });
+    const auto [sum_g, sum_gx] = wide_sum_and_dot<A>(m, [&](auto tag, int64_t i, auto& v) {
+      v = load(tag, xhat + i);
+      return load(tag, g + i);
+    });
+    total.g += sum_g;
+    total.gx += sum_gx;
   });
   if (!p.dx && !(c.prologue && p.dresidual)) return;
-  const bool centered = c.statistic == Statistic::MeanVar;
-  const A mean_g = c.frozen || !centered ? A(0) : static_cast<A>(total.g / n);
-  const A mean_gx = c.frozen ? A(0) : static_cast<A>(total.gx / n);
+  const RowMeans<A> mean(c, total);
   for_each_stretch(n, kChunk, [&](int64_t first, int64_t m) {
     const T* x = p.x + at + first;
     const A* g = scratch.data() + first;
     for_each_wide<A>(m, [&](auto tag, int64_t i) {
       const auto v = (load(tag, x + i) - row.mean) * row.rstd;
-      store(tag, d + i, (load(tag, g + i) - mean_g - v * mean_gx) * row.rstd);
+      store(tag, d + i, (load(tag, g + i) - mean.g - v * mean.gx) * row.rstd);
     });
     if (c.prologue) {
       if (p.dsum) add_chunk(p.dsum + at + first, d, m);
@@ -406,7 +513,9 @@ void row_norm_fwd(const NormForward<T>& p) {
   if (view.numel() == 0) return;
   at::parallel_for(0, view.statistics(), rows_per_task<T>(view.reduce_inner),
                    [&](int64_t begin, int64_t end) {
-                     for (int64_t row = begin; row < end; ++row) forward_row(p, row);
+                     std::vector<acc_t<T>> scratch(std::min(view.reduce_inner, kScratch));
+                     for (int64_t row = begin; row < end; ++row)
+                       forward_row(p, row, scratch.data());
                    });
 }
 

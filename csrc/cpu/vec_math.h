@@ -33,12 +33,7 @@ struct Wide {
 
   // The sum of the lanes, in an order that depends on the vector width alone.
   A sum() const {
-    A lanes[Vec::size()];
-    (lo + hi).store(lanes);
-    for (int width = Vec::size() / 2; width > 0; width /= 2) {
-      for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-    }
-    return lanes[0];
+    return at::vec::vec_reduce_all<A>([](Vec a, Vec b) { return a + b; }, lo + hi);
   }
 };
 
@@ -58,6 +53,16 @@ struct OneTag {};
 template <typename T>
 inline Wide<acc_t<T>> load(WideTag, const T* p) {
   using Vec = at::vec::Vectorized<T>;
+#if defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    const auto widen = [](const T* four) {
+      const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(four));
+      return at::vec::Vectorized<float>(
+          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)));
+    };
+    return {widen(p), widen(p + 8)};
+  }
+#endif
   if constexpr (sizeof(T) == 2) {
     auto [lo, hi] = at::vec::convert_to_float<T>(Vec::loadu(p));
     return {lo, hi};
@@ -71,21 +76,52 @@ inline acc_t<T> load(OneTag, const T* p) {
   return static_cast<acc_t<T>>(*p);
 }
 
+// Stores v and returns what was stored, in the accumulation type.
+//
+// Rounding to bfloat16 adds at most 0x8000 to the bits. It keeps infinity, and every NaN whose low
+// bits are not all ones: those that the processor makes, and those of 16-bit numbers. So float
+// parameters and statistics enter the kernels with their NaNs made canonical (norm_op_cpu.cpp).
 template <typename T>
-inline void store(WideTag, T* p, Wide<acc_t<T>> v) {
+inline Wide<acc_t<T>> store(WideTag, T* p, Wide<acc_t<T>> v) {
   using Vec = at::vec::Vectorized<T>;
+#if defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    const auto rounded = [](__m256 x) {
+      const __m256i bits = _mm256_castps_si256(x);
+      const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+      return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    };
+    const auto cut = [](__m256i bits) {
+      return at::vec::Vectorized<float>(
+          _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(0xffff0000))));
+    };
+    const __m256i lo = rounded(v.lo), hi = rounded(v.hi);
+    const __m256i packed =
+        _mm256_packus_epi32(_mm256_srli_epi32(lo, 16), _mm256_srli_epi32(hi, 16));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+    return {cut(lo), cut(hi)};
+  }
+#endif
   if constexpr (sizeof(T) == 2) {
-    at::vec::convert_from_float<T>(v.lo, v.hi).store(p);
+    const Vec out = at::vec::convert_from_float<T>(v.lo, v.hi);
+    out.store(p);
+    auto [lo, hi] = at::vec::convert_to_float<T>(out);
+    return {lo, hi};
   } else {
     v.lo.store(p);
     v.hi.store(p + Vec::size());
+    return v;
   }
 }
 
 template <typename T>
-inline void store(OneTag, T* p, acc_t<T> v) {
+inline acc_t<T> store(OneTag, T* p, acc_t<T> v) {
   *p = static_cast<T>(v);
+  return static_cast<acc_t<T>>(*p);
 }
+
+// Asks for a line that is read soon; p may lie outside of any object.
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
 // body(tag, i) for i in steps of Wide<A>::kSize while they fit, then one by one.
 template <typename A, typename F>
