@@ -72,18 +72,28 @@ def part(index: int) -> Iterator[None]:
         _part.index = 0
 
 
+def has_operator() -> bool:
+    """Whether the operator that draws seeds is registered; loads the kernels if need be."""
+    return _build.module is not None or _build.load() is not None
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo (1.5 s).
+has_operator._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def draw_seed(input: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """One random int64 on the input's device, from `generator` or the device's default one.
 
     A compiled graph draws with the operator, because the compiler replaces torch's own random
     functions by others, with other numbers.
     """
-    if (
-        torch.compiler.is_compiling()
-        and not torch.compiler.is_exporting()
-        and (_build.module is not None or _build.load() is not None)
-    ):
-        seed = torch.ops.fastnorm.draw_seed(input, generator)
+    if torch.compiler.is_compiling() and generator is not None:
+        raise NotImplementedError(
+            "generator: expected None in a compiled graph, which cannot hold a torch.Generator; "
+            "call torch.manual_seed instead, or compile without fullgraph=True"
+        )
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and has_operator():
+        seed = torch.ops.fastnorm.draw_seed(input)
     else:
         seed = torch.randint(2**63 - 1, (1,), device=input.device, generator=generator)
     index = getattr(_part, "index", 0)
