@@ -85,9 +85,9 @@ class EarlyStopping:
         keep_best: where the best weights go. ``None`` (not kept), ``"cpu"``, ``"device"`` (beside
             the model), or a path, written atomically. `step` then needs its `model` argument.
         sync: agreement between processes. ``None`` calls no collective. ``True`` (the default
-            process group) or a ``ProcessGroup`` replaces each value by its mean over the ranks, so
-            that every rank decides alike; every rank must then call `step`. A callable
-            ``float -> float`` does it your way.
+            process group, if there is one) or a ``ProcessGroup`` replaces each value by its mean
+            over the ranks, so that every rank decides alike; every rank must then call `step`. A
+            callable ``float -> float`` does it your way.
         cumulative: with ``False`` every better value, however small its gain, becomes the best one,
             while gains up to `min_delta` still use up patience. With ``True`` small gains may add
             up.
@@ -256,6 +256,8 @@ class EarlyStopping:
         import torch.distributed as dist
 
         group = None if self.sync is True else self.sync
+        if group is None and not (dist.is_available() and dist.is_initialized()):
+            return value
         device = "cuda" if "nccl" in dist.get_backend(group) else "cpu"
         mine = torch.tensor([value], dtype=torch.float64, device=device)
         values = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]

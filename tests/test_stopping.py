@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fastnorm
 from fastnorm.losses import cross_entropy
+from fastnorm.penalties import L2, Regularizer
 from fastnorm.stopping import EarlyStopping, lr_find, overfitting_gap
 
 NAN = math.nan
@@ -62,7 +64,7 @@ def bits(tensors):
 
 
 @pytest.mark.parametrize(("values", "options", "expected"), VECTORS)
-def test_conformance_vectors(values, options, expected):
+def test_E1_T3_conformance_vectors(values, options, expected):
     assert feed(EarlyStopping(**options), values) == expected
 
 
@@ -415,6 +417,8 @@ def test_T5_without_sync_no_collective_is_called(monkeypatch):
     for name in ("all_gather", "all_reduce", "broadcast", "get_backend"):
         monkeypatch.setattr(dist, name, forbidden)
     assert feed(EarlyStopping(1), [1, 2]) == (2, 1, 1, "patience")
+    # The same script on one device: there is no process group to agree with.
+    assert feed(EarlyStopping(1, sync=True), [1, 2]) == (2, 1, 1, "patience")
 
 
 def test_E5_Q1_overfitting_gap():
@@ -674,21 +678,19 @@ def test_E8_N2_penalty_dropout_and_early_stop_resume_alike(tmp_path):
     x, noise = torch.randn(60, 6, generator=generator), torch.randn(60, generator=generator)
     target = (x[:, 0] + 0.8 * noise > 0).long()
 
-    def build():
-        torch.manual_seed(1)
-        model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 2))
-        return (
-            model,
-            torch.optim.Adam(model.parameters(), lr=0.03),
-            EarlyStopping(patience=4, keep_best="cpu"),
-        )
+    def build(seed=1):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), fastnorm.Dropout(0.2), nn.Linear(32, 2))
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
+        regularizer = Regularizer(model, L2(1e-3, toward="init"))
+        regularizer.attach(optimizer)
+        return model, optimizer, EarlyStopping(patience=4, keep_best="cpu"), regularizer
 
-    def train(model, optimizer, stopper, epochs):
+    def train(model, optimizer, stopper, regularizer, epochs):
         for _ in range(epochs):
             model.train()
             optimizer.zero_grad()
-            loss = cross_entropy(model(x[:30]), target[:30], label_smoothing=0.05)
-            (loss + 1e-3 * sum((p**2).sum() for p in model.parameters())).backward()
+            cross_entropy(model(x[:30]), target[:30], label_smoothing=0.05).backward()
             optimizer.step()
             model.eval()
             with torch.no_grad():
@@ -708,12 +710,15 @@ def test_E8_N2_penalty_dropout_and_early_stop_resume_alike(tmp_path):
             "model": first[0].state_dict(),
             "optimizer": first[1].state_dict(),
             "stopper": first[2].state_dict(),
+            "regularizer": first[3].state_dict(),
             "rng": torch.get_rng_state(),
         }
         torch.save(state, tmp_path / "checkpoint.pt")
-        second = build()
+        second = build(seed=2)
         state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-        for part, name in zip(second, ("model", "optimizer", "stopper"), strict=True):
+        for part, name in zip(
+            second, ("model", "optimizer", "stopper", "regularizer"), strict=True
+        ):
             part.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
         train(*second, 60)
