@@ -18,10 +18,10 @@
 namespace fastnorm::cpu {
 namespace {
 
-// 64 KB of float: the second loop of a block finds it in L2.
 constexpr int64_t kPenaltyBlock = 16384;
 
-// Summed in the accumulation type; longer sums are taken in double.
+// Summed in the accumulation type; longer sums are taken in double. A second sum over a stretch
+// finds it in L1.
 constexpr int64_t kSumStretch = 1024;
 
 template <typename A>
@@ -33,14 +33,14 @@ Wide<A> sign(Wide<A> x) {
 inline float sign(float x) { return static_cast<float>((x > 0) - (x < 0)); }
 inline double sign(double x) { return static_cast<double>((x > 0) - (x < 0)); }
 
-// grad += l1 sign(w) + l2 w over n elements.
-template <typename T>
-void add_gradient(const T* w, T* grad, int64_t n, acc_t<T> l1, acc_t<T> l2) {
-  using A = acc_t<T>;
-  for_each_wide<A>(n, [&](auto tag, int64_t i) {
+// grad += l1 sign(w) + l2 w over n elements, and the sum of term(w) in the same loop.
+template <typename T, typename F>
+acc_t<T> add_gradient(const T* w, T* grad, int64_t n, acc_t<T> l1, acc_t<T> l2, F&& term) {
+  return wide_sum<acc_t<T>>(n, [&](auto tag, int64_t i) {
     const auto x = load(tag, w + i);
     using V = std::decay_t<decltype(x)>;
     store(tag, grad + i, fmadd(V(l1), sign(x), fmadd(V(l2), x, load(tag, grad + i))));
+    return term(x);
   });
 }
 
@@ -77,21 +77,20 @@ at::Tensor add_penalty_grad_(at::TensorList grads, at::TensorList params, double
         const Block& block = blocks[b];
         const T* w = params[block.tensor].const_data_ptr<T>() + block.first;
         T* grad = grads[block.tensor].mutable_data_ptr<T>() + block.first;
-        add_gradient(w, grad, block.count, static_cast<A>(l1), static_cast<A>(l2));
-        // The block is in cache now. A sum that the penalty lacks is not taken.
+        const A a1 = static_cast<A>(l1), a2 = static_cast<A>(l2);
+        const auto magnitude = [](auto x) { return x * sign(x); };
+        const auto square = [](auto x) { return x * x; };
         for (int64_t at = 0; at < block.count; at += kSumStretch) {
           const int64_t n = std::min(kSumStretch, block.count - at);
-          if (l1 != 0) {
-            parts[2 * b] += wide_sum<A>(n, [&](auto tag, int64_t i) {
-              const auto x = load(tag, w + at + i);
-              return x * sign(x);
-            });
+          // A sum that the penalty lacks is not taken.
+          if (l1 == 0) {
+            parts[2 * b + 1] += add_gradient(w + at, grad + at, n, a1, a2, square);
+            continue;
           }
+          parts[2 * b] += add_gradient(w + at, grad + at, n, a1, a2, magnitude);
           if (l2 != 0) {
-            parts[2 * b + 1] += wide_sum<A>(n, [&](auto tag, int64_t i) {
-              const auto x = load(tag, w + at + i);
-              return x * x;
-            });
+            parts[2 * b + 1] +=
+                wide_sum<A>(n, [&](auto tag, int64_t i) { return square(load(tag, w + at + i)); });
           }
         }
       }

@@ -161,6 +161,7 @@ class Regularizer:
         for named, rule in rules.items():
             _check_rule(f"rules: {key_text(named)}", rule)
         self._bound: list[_Bound] = []
+        self._labelled: dict[str, list[_Bound]] = {}
         self._described: list[tuple[nn.Parameter, ParamRule]] = []
         self._attached: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self.skipped: dict[str, int] = {"no_grad": 0, "sparse": 0}
@@ -175,7 +176,9 @@ class Regularizer:
                 label = _label(key, entry.name)
                 rule.check(entry.name, entry.tensor)
                 reference = _reference(rule, entry.names, entry.tensor)
-                self._bound.append(_Bound(entry.name, entry.tensor, rule, label, reference))
+                bound = _Bound(entry.name, entry.tensor, rule, label, reference)
+                self._bound.append(bound)
+                self._labelled.setdefault(label, []).append(bound)
 
     def __call__(self) -> Tensor:
         """The sum of all penalties, a scalar with graph on the first parameter's device.
@@ -420,9 +423,13 @@ class Regularizer:
     def _groups(self, only: _Filter = None) -> dict[str, tuple[Rule, list[_Bound]]]:
         """Trainable parameters under active rules, by label."""
         groups: dict[str, tuple[Rule, list[_Bound]]] = {}
-        for bound in self._bound:
-            if bound.param.requires_grad and bound.rule.active and (not only or only(bound)):
-                groups.setdefault(bound.label, (bound.rule, []))[1].append(bound)
+        for label, bounds in self._labelled.items():
+            rule = bounds[0].rule
+            if not rule.active:
+                continue
+            chosen = [b for b in bounds if b.param.requires_grad and (not only or only(b))]
+            if chosen:
+                groups[label] = rule, chosen
         return groups
 
     def _add_grads(self, scale: float | Tensor, only: _Filter = None, value: bool = True) -> Tensor:
@@ -460,9 +467,12 @@ class Regularizer:
             if (term := part(rule)) is None or not term.active:
                 continue
             for alike in _alike(group, step):
-                slopes = term.gradients(_differences(alike))
+                ds, lr = _differences(alike), step(alike[0].param)
                 params: list[Tensor] = [bound.param for bound in alike]
-                torch._foreach_add_(params, slopes, alpha=-step(alike[0].param))
+                if lr and _add_in_one_pass(term, params, ds, -lr) is not None:
+                    torch.autograd.graph.increment_version(params)
+                else:
+                    torch._foreach_add_(params, term.gradients(ds), alpha=-lr)
 
     def _prox(self, step: _StepSize, only: _Filter = None, part: _Part = lambda rule: rule) -> None:
         for rule, group in self._groups(only).values():

@@ -548,7 +548,9 @@ def test_decay_is_a_gradient_step_on_the_penalty(rule: Rule) -> None:
         model[0].weight += 0.3
     reg().backward()
     expected = model[0].weight.detach() - 0.2 * model[0].weight.grad
+    version = model[0].weight._version
     reg.decay_(0.2)
+    assert model[0].weight._version > version  # a graph that saved the old weight must notice
     assert_equal(model[0].weight.detach(), expected)
     reg().backward()
     with pytest.raises(ValueError, match="initial_lr"):
