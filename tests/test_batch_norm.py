@@ -579,7 +579,7 @@ def test_empty_batch(shape, backend):
 # ---- running batch norm ----
 
 
-def test_running_batch_norm_is_the_notebooks():
+def test_H11_running_batch_norm_is_the_notebooks():
     """Sums, squares and counts as in fastai's course v3, with debiasing left out as it cancels."""
     mom, eps = 0.1, 1e-5
     norm = fastnorm.RunningBatchNorm2d(3, momentum=mom).double()
@@ -616,7 +616,7 @@ def test_running_batch_norm_is_the_notebooks():
     )
 
 
-def test_running_batch_norm_alone_and_saved():
+def test_H11_running_batch_norm_alone_and_saved():
     norm = fastnorm.RunningBatchNorm1d(3, activation="relu")
     for _ in range(300):
         y = norm(torch.randn(1, 3) * 0.5 + 2)

@@ -275,12 +275,18 @@ def test_N1_the_variance_shift_is_real():
     assert measured.item() == pytest.approx(predicted.item(), rel=0.02)
 
 
-def test_few_values_by_batch_size_and_single_values():
+def test_M2_few_values_by_batch_size_and_single_values():
     model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
     x = torch.randn(2, 3, 6, 6)
     assert codes(model, x) == []
     assert codes(model, torch.randn(1, 3, 6, 6)) == ["few-values"]
     assert codes(model, x, batch_size=1) == ["few-values"]
+    # Without padding a larger kernel leaves fewer positions: 2 of 6 in each direction.
+    large = nn.Sequential(nn.Conv2d(3, 4, 5, bias=False), nn.BatchNorm2d(4))
+    (found,) = check_model(large, x)
+    assert "8 values per channel" in found.message
+    padded = nn.Sequential(nn.Conv2d(3, 4, 5, padding=2, bias=False), nn.BatchNorm2d(4))
+    assert codes(padded, x) == []
     mlp = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4))
     assert "few-values" in codes(mlp, torch.randn(1, 3))
     assert mlp[1].num_batches_tracked == 0

@@ -235,7 +235,7 @@ def test_dropped_is_plus_zero(backend):
             assert torch.isfinite(y[~zero & (x == -1)]).all()
 
 
-def test_probability_one_and_zero(backend):
+def test_C8_probability_one_and_zero(backend):
     x = torch.randn(50, 8, requires_grad=True)
     for function in (
         fastnorm.dropout,
@@ -680,7 +680,7 @@ def test_expectation_is_exact_for_the_threshold():
 # ---------------------------------------------------------------------------------------------
 
 
-def test_classical_mode(backend):
+def test_C1_classical_mode(backend):
     m = fastnorm.Dropout(0.5, mode="classical")
     x = torch.tensor([2.0, 4.0, 6.0, 8.0])
     for _ in range(4):
@@ -693,7 +693,7 @@ def test_classical_mode(backend):
     assert torch.equal(m.train()(x), inverted * 0.5)
 
 
-def test_exact_count():
+def test_C5_exact_count():
     m = fastnorm.Dropout(0.25, mode="exact_count")
     x = torch.ones(3000, 8)
     torch.manual_seed(0)
@@ -702,11 +702,15 @@ def test_exact_count():
     within(kept(y[:, 0]), 0.75, "first position")
     assert y.max() == pytest.approx(8 / 6)
     assert m.eval()(x) is x
-    (y * 2).sum()
+    rows = fastnorm.Dropout(0.4, mode="exact_count")(torch.ones(4000, 5)) != 0
+    subsets = (rows * 2 ** torch.arange(5)).sum(-1).bincount()
+    assert (subsets > 0).sum() == math.comb(5, 3)
+    # Chi-square of 10 equally likely subsets: 33 is the 1 - 1e-4 quantile at 9 degrees of freedom.
+    seen = subsets[subsets > 0].double()
+    assert ((seen - 400).square() / 400).sum() < 33
 
 
-def test_linear_activation_dropout_linear():
-    """C2: linear, activation, dropout, linear equals the explicit composition."""
+def test_C2_linear_activation_dropout_linear():
     torch.manual_seed(0)
     a, b, x = torch.randn(8, 5), torch.randn(3, 8), torch.randn(10, 5)
     torch.manual_seed(2)
@@ -716,16 +720,17 @@ def test_linear_activation_dropout_linear():
     torch.testing.assert_close(hidden @ b.t(), ((x @ a.t()).relu() * mask) @ b.t())
 
 
-def test_expectation_of_inverted_dropout():
+def test_C4_expectation_of_inverted_dropout():
     x = torch.randn(64, dtype=torch.float64)
     torch.manual_seed(0)
     y = fastnorm.dropout(x.expand(20_000, 64).contiguous(), 0.3)
     error = (y.mean(0) - x).abs()
     assert (error < 4 * y.std(0) / math.sqrt(20_000)).all()
+    assert fastnorm.Dropout(0.3).eval()(x) is x
 
 
-def test_weight_scaling_is_the_geometric_mean_of_softmax_regression():
-    """C7: enumerate every mask of four inputs."""
+def test_C7_weight_scaling_is_the_geometric_mean_of_softmax_regression():
+    """Every mask of four inputs is enumerated."""
     torch.manual_seed(0)
     w, x = torch.randn(3, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
     for keep in (0.5, 0.8):
@@ -741,7 +746,7 @@ def test_weight_scaling_is_the_geometric_mean_of_softmax_regression():
         assert (F.softmax(total, -1) - got).abs().max() < room
 
 
-def test_dropped_unit_gets_no_weight_gradient():
+def test_C9_dropped_unit_gets_no_weight_gradient():
     w = torch.randn(6, 4, requires_grad=True)
     torch.manual_seed(3)
     hidden = fastnorm.dropout(torch.ones(4) @ w.t(), 0.5)
@@ -750,7 +755,7 @@ def test_dropped_unit_gets_no_weight_gradient():
     assert (hidden == 0).any() and (hidden != 0).any()
 
 
-def test_modules_switch_and_print():
+def test_C8_modules_switch_and_print():
     x = torch.ones(4, 8, 6, 6)
     for m, torch_module, given in (
         (fastnorm.Dropout(0.3, True), torch.nn.Dropout(0.3, True), x),

@@ -91,7 +91,7 @@ CASES: list[tuple[str, Callable[[Any], None]]] = [
 
 
 @pytest.mark.parametrize(("name", "expect"), CASES, ids=[name for name, _ in CASES])
-def test_example(
+def test_O3_P2_example(
     name: str, expect: Callable[[Any], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")

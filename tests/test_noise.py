@@ -10,7 +10,7 @@ import torch
 import fastnorm
 
 
-def test_gaussian_noise_moments():
+def test_C10_gaussian_noise_moments():
     m = fastnorm.GaussianNoise(0.5)
     x = torch.randn(100_000, dtype=torch.float64)
     noise = m(x) - x
@@ -24,7 +24,7 @@ def test_gaussian_noise_moments():
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
-def test_gaussian_dropout_moments(p):
+def test_C10_gaussian_dropout_moments(p):
     m = fastnorm.GaussianDropout(p)
     n = 100_000
     y = m(torch.full((n,), 3.0, dtype=torch.float64)) / 3
