@@ -333,8 +333,8 @@ struct RowMeans {
 
 // out = dx [+ dsum] of a row; values(tag, i, xhat) gives g and xhat. `next` is what the following
 // row reads.
-template <typename T, typename F>
-void write_dx(const Row<T>& row, RowMeans<acc_t<T>> mean, int64_t n, const T* dsum, T* out,
+template <typename T, typename Out, typename F>
+void write_dx(const Row<T>& row, RowMeans<acc_t<T>> mean, int64_t n, const T* dsum, Out* out,
               const T* next, F&& values) {
   using A = acc_t<T>;
   const A rstd = row.rstd;
@@ -353,9 +353,10 @@ void write_dx(const Row<T>& row, RowMeans<acc_t<T>> mean, int64_t n, const T* ds
   }
 }
 
-// Both passes with one parameter per column and nothing after the norm; before it a residual,
-// whose gradient is that of the sum. Which parameters there are is known to the compiler: as
-// branches in the loop they doubled its time. `scratch` keeps xhat and g of a 16-bit row.
+// Both passes with one parameter per column and nothing after the norm; before it perhaps dropout
+// and a residual, whose gradient is that of the sum. Which parameters there are is known to the
+// compiler: as branches in the loop they doubled its time. `scratch` keeps xhat and g of a 16-bit
+// row.
 template <bool kWeight, bool kDweight, bool kDbias, typename T>
 void backward_row_plain(const NormBackward<T>& p, const Row<T>& row, int64_t at,
                         ChannelSums<acc_t<T>> sums, std::vector<acc_t<T>>& scratch) {
@@ -367,8 +368,8 @@ void backward_row_plain(const NormBackward<T>& p, const Row<T>& row, int64_t at,
   const A* w = kWeight ? row.weight + row.first_channel : nullptr;
   A* dw = kDweight ? sums.dweight + row.first_channel : nullptr;
   A* db = kDbias ? sums.dbias + row.first_channel : nullptr;
-  T* out = c.prologue ? p.dresidual : p.dx;
-  const bool keep = !std::is_same_v<T, A> && n <= kScratch && out != nullptr;
+  const bool wanted = p.dx || p.dresidual;
+  const bool keep = !std::is_same_v<T, A> && n <= kScratch && wanted;
   if (keep) scratch.resize(2 * n);
   A *kept_xhat = scratch.data(), *kept_g = scratch.data() + n;
   BackwardSums<double> total;
@@ -396,21 +397,36 @@ void backward_row_plain(const NormBackward<T>& p, const Row<T>& row, int64_t at,
       sum_stretch(first, m, [](auto, int64_t, auto, auto) {});
     }
   });
-  if (!out) return;
+  if (!wanted) return;
   const RowMeans<A> means(c, total);
-  const T* dsum = p.dsum ? p.dsum + at : nullptr;
-  if (keep) {
-    write_dx(row, means, n, dsum, out + at, x + n, [&](auto tag, int64_t i, auto& xhat) {
-      xhat = load(tag, kept_xhat + i);
-      return load(tag, kept_g + i);
+  const auto write = [&](int64_t first, int64_t m, auto* out) {
+    const T* dsum = p.dsum ? p.dsum + at + first : nullptr;
+    const T* next = x + n + first;
+    if (keep) {
+      write_dx(row, means, m, dsum, out, next, [&](auto tag, int64_t i, auto& xhat) {
+        xhat = load(tag, kept_xhat + first + i);
+        return load(tag, kept_g + first + i);
+      });
+      return;
+    }
+    write_dx(row, means, m, dsum, out, next, [&](auto tag, int64_t i, auto& xhat) {
+      xhat = (load(tag, x + first + i) - mean) * rstd;
+      auto g = load(tag, dy + first + i);
+      if constexpr (kWeight) g = g * load(tag, w + first + i);
+      return g;
     });
+  };
+  if (!c.dropout.seed) {
+    write(0, n, (c.prologue ? p.dresidual : p.dx) + at);
     return;
   }
-  write_dx(row, means, n, dsum, out + at, x + n, [&](auto tag, int64_t i, auto& xhat) {
-    xhat = (load(tag, x + i) - mean) * rstd;
-    auto g = load(tag, dy + i);
-    if constexpr (kWeight) g = g * load(tag, w + i);
-    return g;
+  A buffer[kChunk];
+  for_each_stretch(n, kChunk, [&](int64_t first, int64_t m) {
+    write(first, m, buffer);
+    if (p.dresidual) store_chunk(buffer, p.dresidual + at + first, m);
+    if (!p.dx) return;
+    apply_dropout(buffer, m, at + first, c.dropout);
+    store_chunk(buffer, p.dx + at + first, m);
   });
 }
 
@@ -419,8 +435,10 @@ template <typename T>
 bool backward_row_if_plain(const NormBackward<T>& p, const Row<T>& row, int64_t at,
                            ChannelSums<acc_t<T>> sums, std::vector<acc_t<T>>& scratch) {
   const NormConfig& c = p.config;
-  if (row.view.inner != 1 || c.dropout.seed || !p.dy) return false;
-  if (c.prologue ? p.dx != nullptr : has_epilogue(c, p.residual) || p.dresidual) return false;
+  if (row.view.inner != 1 || !p.dy) return false;
+  if (c.prologue ? p.dx && !c.dropout.seed : has_epilogue(c, p.residual) || p.dresidual) {
+    return false;
+  }
   if (row.weight && sums.dweight && sums.dbias) {
     backward_row_plain<true, true, true>(p, row, at, sums, scratch);
   } else if (row.weight && sums.dweight) {
