@@ -16,6 +16,7 @@ from benchmarks import (
 from benchmarks.harness import script
 
 MODULES = [
+    bench_memory,  # first: what lies free in a grown heap would hide from its peaks
     bench_layer_norm,
     bench_rms_norm,
     bench_batch_norm,
@@ -25,7 +26,6 @@ MODULES = [
     bench_dropout,
     bench_overhead,
     bench_losses,
-    bench_memory,
     bench_models,
 ]
 

@@ -161,7 +161,8 @@ def measurement_rows(results: dict[str, Any]) -> tuple[list[str], list[Row]]:
     formats = {"s": format_time, "B": format_bytes}
     rows = []
     for item in results["measurements"]:
-        ratio = item["torch"] / item["fastnorm"]
+        # A peak may be 0: a step that fits into what the heap had free.
+        ratio = item["torch"] / item["fastnorm"] if item["fastnorm"] else None
         row = [item["name"], *(formats[item["unit"]](item[name]) for name in ("torch", "fastnorm"))]
         rows.append(([*row, format_ratio(ratio)], ratio_style(ratio)))
     return ["measured", "torch", "fastnorm", "vs torch"], rows

@@ -28,7 +28,7 @@ namespace fastnorm::cpu {
 namespace {
 
 constexpr int64_t kStretch = 4096;
-constexpr int64_t kScratch = 16384;  // columns that are kept widened: 64 KB of float
+constexpr int64_t kScratch = 32768;  // columns that are kept widened: 128 KB of float
 constexpr int64_t kTaskBytes = 32 * 1024;
 
 // Rows that are added one by one in float: 131,072 in a chain lost 5 times torch's precision.
@@ -191,6 +191,24 @@ void apply_plain(const Row<T>& row, const acc_t<T>* x, int64_t first, int64_t n,
   }
 }
 
+// The same with one parameter per `inner` columns.
+template <typename T>
+void apply_channels(const Row<T>& row, const acc_t<T>* x, int64_t first, int64_t n, T* y,
+                    const T* next) {
+  using A = acc_t<T>;
+  const A mean = row.mean, rstd = row.rstd;
+  for_each_channel(first, n, row.view.inner, [&](int64_t at, int64_t count, int64_t channel) {
+    const A w = row.weight ? row.weight[row.first_channel + channel] : A(1);
+    const A b = row.bias ? row.bias[row.first_channel + channel] : A(0);
+    for_each_wide<A>(count, [&](auto tag, int64_t i) {
+      const auto v = load(tag, x + at + i);
+      using V = std::decay_t<decltype(v)>;
+      prefetch(next + at + i);
+      store(tag, y + at + i, fmadd((v - mean) * rstd, V(w), V(b)));
+    });
+  });
+}
+
 // sum = residual + dropout(x) of elements [at, at + n)
 template <typename T>
 void drop_and_add(const NormForward<T>& p, int64_t at, int64_t n) {
@@ -226,22 +244,19 @@ void forward_row(const NormForward<T>& p, int64_t index, acc_t<T>* scratch) {
   }
   const Row<T> row = make_row(c, index, stats, p.weight, p.bias);
   const bool epilogue = !c.prologue && has_epilogue(c, p.residual);
-  const bool plain = !epilogue && c.view.inner == 1;
-  for_each_stretch(n, plain ? kStretch : kChunk, [&](int64_t i, int64_t m) {
+  for_each_stretch(n, epilogue ? kChunk : kStretch, [&](int64_t i, int64_t m) {
     const A* values = scratch + i;
     if (!keep || std::is_same_v<T, A>) values = widened(x + i, m, scratch);
-    if (plain) {
-      apply_plain(row, values, i, m, p.y + at + i, p.x + at + n + i);
-      return;
+    if (!epilogue) {
+      const auto apply = c.view.inner == 1 ? apply_plain<T> : apply_channels<T>;
+      return apply(row, values, i, m, p.y + at + i, p.x + at + n + i);
     }
     A buffer[kChunk];
     row.center(values, m, buffer);
     row.affine(buffer, i, m, buffer);
-    if (epilogue) {
-      if (p.residual) add_chunk(p.residual + at + i, buffer, m);
-      activate_chunk(c.activation, buffer, m);
-      if (c.dropout.seed) apply_dropout(buffer, m, at + i, c.dropout);
-    }
+    if (p.residual) add_chunk(p.residual + at + i, buffer, m);
+    activate_chunk(c.activation, buffer, m);
+    if (c.dropout.seed) apply_dropout(buffer, m, at + i, c.dropout);
     store_chunk(buffer, p.y + at + i, m);
   });
 }
@@ -430,16 +445,57 @@ void backward_row_plain(const NormBackward<T>& p, const Row<T>& row, int64_t at,
   });
 }
 
+// Both passes with nothing around the norm and one parameter per `inner` columns: a channel's sums
+// are dbias and dweight, and times its weight a part of the row's.
+template <typename T>
+void backward_row_channels(const NormBackward<T>& p, const Row<T>& row, int64_t at,
+                           ChannelSums<acc_t<T>> sums) {
+  using A = acc_t<T>;
+  const int64_t n = row.view.reduce_inner, inner = row.view.inner;
+  const T *x = p.x + at, *dy = p.dy + at;
+  const A mean = row.mean, rstd = row.rstd;
+  const auto weight = [&](int64_t channel) {
+    return row.weight ? row.weight[row.first_channel + channel] : A(1);
+  };
+  BackwardSums<double> total;
+  for_each_stretch(n, kStretch, [&](int64_t first, int64_t m) {
+    for_each_channel(first, m, inner, [&](int64_t j, int64_t count, int64_t channel) {
+      const int64_t start = first + j;
+      const auto [d, dx] = wide_sum_and_dot<A>(count, [&](auto tag, int64_t i, auto& xhat) {
+        xhat = (load(tag, x + start + i) - mean) * rstd;
+        return load(tag, dy + start + i);
+      });
+      if (sums.dweight) sums.dweight[row.first_channel + channel] += dx;
+      if (sums.dbias) sums.dbias[row.first_channel + channel] += d;
+      total.g += static_cast<double>(d) * weight(channel);
+      total.gx += static_cast<double>(dx) * weight(channel);
+    });
+  });
+  if (!p.dx) return;
+  const RowMeans<A> means(p.config, total);
+  for_each_channel(0, n, inner, [&](int64_t start, int64_t count, int64_t channel) {
+    const A w = weight(channel);
+    write_dx(row, means, count, static_cast<const T*>(nullptr), p.dx + at + start, x + n + start,
+             [&](auto tag, int64_t i, auto& xhat) {
+               xhat = (load(tag, x + start + i) - mean) * rstd;
+               return load(tag, dy + start + i) * w;
+             });
+  });
+}
+
 // The plain form, where it exists for the gradients that are asked for.
 template <typename T>
 bool backward_row_if_plain(const NormBackward<T>& p, const Row<T>& row, int64_t at,
                            ChannelSums<acc_t<T>> sums, std::vector<acc_t<T>>& scratch) {
   const NormConfig& c = p.config;
-  if (row.view.inner != 1 || !p.dy) return false;
+  if (!p.dy) return false;
   if (c.prologue ? p.dx && !c.dropout.seed : has_epilogue(c, p.residual) || p.dresidual) {
     return false;
   }
-  if (row.weight && sums.dweight && sums.dbias) {
+  if (row.view.inner != 1) {
+    if (c.prologue) return false;
+    backward_row_channels(p, row, at, sums);
+  } else if (row.weight && sums.dweight && sums.dbias) {
     backward_row_plain<true, true, true>(p, row, at, sums, scratch);
   } else if (row.weight && sums.dweight) {
     backward_row_plain<true, true, false>(p, row, at, sums, scratch);
