@@ -1,0 +1,197 @@
+// What both directions of the row geometry (row_norm_cpu.cpp) are made of: stretches, the
+// statistics of a row, and the affine map of its columns.
+#pragma once
+
+#include "common/stats.h"
+#include "cpu/chunk.h"
+
+namespace fastnorm::cpu {
+
+constexpr int64_t kStretch = 4096;
+constexpr int64_t kScratch = 32768;  // columns that are kept widened: 128 KB of float
+
+// Calls f(first, count) for the stretches of a row.
+template <typename F>
+void for_each_stretch(int64_t n, int64_t size, F&& f) {
+  for (int64_t first = 0; first < n; first += size) f(first, std::min(size, n - first));
+}
+
+// x[0, n) in the accumulation type: x itself, or widened into `scratch`.
+template <typename T>
+const acc_t<T>* widened(const T* x, int64_t n, acc_t<T>* scratch) {
+  if constexpr (std::is_same_v<T, acc_t<T>>) {
+    return x;
+  } else {
+    load_chunk(x, scratch, n);
+    return scratch;
+  }
+}
+
+// Two passes: a mean, then the deviations from it, whose own mean corrects it. The shift by the
+// first element makes a constant row exact. source(tag, i) is called for all elements in order
+// (and for the first once more), after which they are at `values`.
+template <typename A, typename F>
+Moments<double> stretch_moments(int64_t n, F&& source, const A* values) {
+  const A shift = source(OneTag{}, 0);
+  const A sum = wide_sum<A>(n, [&](auto tag, int64_t i) { return source(tag, i) - shift; });
+  const A center = shift + sum / static_cast<A>(n);
+  const auto [off, square] = wide_sum_and_dot<A>(
+      n, [&](auto tag, int64_t i, auto& d) { return d = load(tag, values + i) - center; });
+  const double correction = static_cast<double>(off) / n;
+  return {static_cast<double>(n), center + correction, std::max(0.0, square - off * correction)};
+}
+
+template <typename A, typename F>
+double stretch_squares(int64_t n, F&& source) {
+  return wide_sum<A>(n, [&](auto tag, int64_t i) {
+    const auto v = source(tag, i);
+    return v * v;
+  });
+}
+
+template <typename T>
+struct RowStats {
+  acc_t<T> mean, var;
+};
+
+// Statistics of the row at x, or with kAdd of the sum that it writes: x = p.x + p.residual. A
+// 16-bit row is widened into `scratch`, all of it or (not `keep`) stretch after stretch.
+template <bool kAdd, typename T>
+RowStats<T> row_stats(const NormForward<T>& p, int64_t at, T* x, acc_t<T>* scratch, bool keep) {
+  using A = acc_t<T>;
+  constexpr bool kWiden = !std::is_same_v<T, A>;
+  const int64_t n = p.config.view.reduce_inner;
+  const bool centered = p.config.statistic == Statistic::MeanVar;
+  Moments<double> all;
+  double squares = 0;
+  for_each_stretch(n, kStretch, [&](int64_t first, int64_t m) {
+    A* wide = scratch + (keep ? first : 0);
+    T* in = x + first;
+    const T *a = kAdd ? p.x + at + first : in, *b = p.residual + at + first;
+    const auto source = [&](auto tag, int64_t i) {
+      auto v = load(tag, a + i);
+      if constexpr (kAdd) v = store(tag, in + i, v + load(tag, b + i));
+      if constexpr (kWiden) store(tag, wide + i, v);
+      return v;
+    };
+    if (!centered) {
+      squares += stretch_squares<A>(m, source);
+    } else if constexpr (kWiden) {
+      all.merge(stretch_moments<A>(m, source, wide));
+    } else {
+      all.merge(stretch_moments<A>(m, source, in));
+    }
+  });
+  if (!centered) return {A(0), static_cast<A>(squares / n)};
+  return {static_cast<A>(all.mean), static_cast<A>(all.m2 / n)};
+}
+
+// What the chunks of one row share.
+template <typename T>
+struct Row {
+  using A = acc_t<T>;
+  const View& view;
+  int64_t first_channel;  // of the row; parameters are indexed from here
+  A mean, rstd;
+  const A* weight;
+  const A* bias;
+
+  // xhat of n columns
+  template <typename S>
+  void center(const S* x, int64_t n, A* xhat) const {
+    for_each_wide<A>(
+        n, [&](auto tag, int64_t i) { store(tag, xhat + i, (load(tag, x + i) - mean) * rstd); });
+  }
+
+  // out = xhat * weight + bias, in one rounding; the backward pass repeats it bit for bit.
+  void affine(const A* xhat, int64_t first, int64_t n, A* out) const {
+    if (view.inner == 1) {
+      const A* w = weight ? weight + first_channel + first : nullptr;
+      const A* b = bias ? bias + first_channel + first : nullptr;
+      for_each_wide<A>(n, [&](auto tag, int64_t i) {
+        auto v = load(tag, xhat + i);
+        if (w && b) {
+          v = fmadd(v, load(tag, w + i), load(tag, b + i));
+        } else if (w) {
+          v = v * load(tag, w + i);
+        } else if (b) {
+          v = v + load(tag, b + i);
+        }
+        store(tag, out + i, v);
+      });
+      return;
+    }
+    for_each_channel(first, n, view.inner, [&](int64_t at, int64_t count, int64_t channel) {
+      const A w = weight ? weight[first_channel + channel] : A(1);
+      const A b = bias ? bias[first_channel + channel] : A(0);
+      for_each_wide<A>(count, [&](auto tag, int64_t i) {
+        const auto v = load(tag, xhat + at + i);
+        store(tag, out + at + i, fmadd(v, decltype(v)(w), decltype(v)(b)));
+      });
+    });
+  }
+};
+
+template <typename T>
+inline Row<T> make_row(const NormConfig& c, int64_t row, RowStats<T> s, const acc_t<T>* weight,
+                       const acc_t<T>* bias) {
+  using A = acc_t<T>;
+  const int64_t first_channel = (row % c.view.kept) * c.view.channels_per_kept();
+  return {c.view, first_channel, s.mean, A(1) / std::sqrt(s.var + static_cast<A>(c.eps)),
+          weight, bias};
+}
+
+// Per-channel sums of one block of rows; null when not asked for.
+template <typename A>
+struct ChannelSums {
+  A* dweight;
+  A* dbias;
+};
+
+// Adds the chunk's d and d * xhat to the sums of its channels.
+template <typename T>
+void add_channel_sums(const Row<T>& row, const acc_t<T>* d, const acc_t<T>* xhat, int64_t first,
+                      int64_t n, ChannelSums<acc_t<T>> sums) {
+  using A = acc_t<T>;
+  if (!sums.dweight && !sums.dbias) return;
+  if (row.view.inner == 1) {
+    A* dw = sums.dweight ? sums.dweight + row.first_channel + first : nullptr;
+    A* db = sums.dbias ? sums.dbias + row.first_channel + first : nullptr;
+    for_each_wide<A>(n, [&](auto tag, int64_t i) {
+      const auto v = load(tag, d + i);
+      if (dw) store(tag, dw + i, fmadd(v, load(tag, xhat + i), load(tag, dw + i)));
+      if (db) store(tag, db + i, load(tag, db + i) + v);
+    });
+    return;
+  }
+  for_each_channel(first, n, row.view.inner, [&](int64_t at, int64_t count, int64_t channel) {
+    if (sums.dweight) {
+      sums.dweight[row.first_channel + channel] += wide_sum<A>(count, [&](auto tag, int64_t i) {
+        return load(tag, d + at + i) * load(tag, xhat + at + i);
+      });
+    }
+    if (sums.dbias) {
+      sums.dbias[row.first_channel + channel] +=
+          wide_sum<A>(count, [&](auto tag, int64_t i) { return load(tag, d + at + i); });
+    }
+  });
+}
+
+// g = d * weight
+template <typename T>
+void times_weight(const Row<T>& row, const acc_t<T>* d, int64_t first, int64_t n, acc_t<T>* g) {
+  using A = acc_t<T>;
+  if (row.view.inner == 1 && row.weight) {
+    const A* w = row.weight + row.first_channel + first;
+    for_each_wide<A>(
+        n, [&](auto tag, int64_t i) { store(tag, g + i, load(tag, d + i) * load(tag, w + i)); });
+    return;
+  }
+  for_each_channel(first, n, row.view.inner, [&](int64_t at, int64_t count, int64_t channel) {
+    const A w = row.weight ? row.weight[row.first_channel + channel] : A(1);
+    for_each_wide<A>(
+        count, [&](auto tag, int64_t i) { store(tag, g + at + i, load(tag, d + at + i) * w); });
+  });
+}
+
+}  // namespace fastnorm::cpu
