@@ -1,11 +1,12 @@
 // Eager entries of batch, group and instance norm (see eager.cpp), and the running statistics.
-#include <ATen/ops/empty.h>
+#include <ATen/EmptyTensor.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <cmath>
+#include <cstring>
 
 #include "autograd.h"
 #include "eager.h"
@@ -191,6 +192,12 @@ bool residual_fits(const at::Tensor& r, const at::Tensor& x) {
 // its backward.
 at::Tensor frozen_statistic(const at::Tensor& running, const at::Tensor& x, bool saved) {
   const auto dtype = accumulate_type(x.scalar_type());
+  if (running.is_cpu() && running.scalar_type() == dtype && running.is_contiguous()) {
+    if (!saved) return running;
+    at::Tensor copy = at::detail::empty_cpu(running.sizes(), running.options());
+    std::memcpy(copy.mutable_data_ptr(), running.const_data_ptr(), running.nbytes());
+    return copy;
+  }
   return dense(running.detach()).to(dtype, /*non_blocking=*/false, /*copy=*/saved);
 }
 

@@ -39,6 +39,12 @@ class Parameter {
   const A* data_ = nullptr;
 };
 
+// A call of `to` that changes nothing is a dispatch all the same.
+at::Tensor in_type_of(const OptionalTensor& parameter, at::Tensor grad) {
+  const bool fits = !has(parameter) || parameter->scalar_type() == grad.scalar_type();
+  return fits ? std::move(grad) : grad.to(parameter->scalar_type());
+}
+
 bool is_row(const View& view) {
   return view.reduce_outer == 1 && view.tail == 1 && view.inner != 0;
 }
@@ -95,8 +101,8 @@ struct CpuNorm {
                               output_data<A>(out.bias)};
       is_row(config.view) ? row_norm_bwd(p) : column_norm_bwd(p);
     });
-    if (mask[1] && has(weight)) out.weight = out.weight.to(weight->scalar_type());
-    if (mask[2] && has(bias)) out.bias = out.bias.to(bias->scalar_type());
+    if (mask[1]) out.weight = in_type_of(weight, std::move(out.weight));
+    if (mask[2]) out.bias = in_type_of(bias, std::move(out.bias));
   }
 };
 

@@ -27,6 +27,8 @@ from fastnorm import _ops
 
 __all__ = ["LabelSmoothingCrossEntropy", "cross_entropy", "smooth_labels"]
 
+_REDUCTIONS = ("none", "mean", "sum")  # by the operator's code
+
 
 def smooth_labels(
     target: Tensor,
@@ -152,7 +154,7 @@ def cross_entropy(
         >>> cross_entropy(logits, torch.tensor([0, 1]), label_smoothing=0.1)
         tensor(0.4225)
     """
-    if reduction not in ("mean", "sum", "none"):
+    if reduction not in _REDUCTIONS:
         raise ValueError(f"{reduction} is not a valid value for reduction")
     if not input.is_floating_point():
         raise RuntimeError(f"input must be floating point, got {input.dtype}")
@@ -182,7 +184,6 @@ def cross_entropy(
         raise RuntimeError(
             f"ignore_index is not supported for floating point target, got {ignore_index}; use mask"
         )
-    keep = mask
     if soft:
         if check_targets:
             _check_distributions(target, dim, mask)
@@ -190,26 +191,26 @@ def cross_entropy(
         target = target.long()
         if mask is not None:
             target = target.masked_fill(~mask, ignore_index)
-        keep = target != ignore_index
     if not soft and input.numel() and _use_kernel(input, weight, prior):
         if check_targets and target.device.type != "cpu":  # the CPU kernel always looks
-            _check_ids(target, num_classes, keep)
-        rows = input.movedim(dim, -1).reshape(-1, num_classes).contiguous()
-        ids = target.reshape(-1).contiguous()
-        need_grad = rows.requires_grad and torch.is_grad_enabled()
-        loss = CrossEntropyFunction.apply(
-            rows,
-            ids,
+            _check_ids(target, num_classes, target != ignore_index)
+        rows = input if input.dim() == 2 else input.movedim(dim, -1).reshape(-1, num_classes)
+        call = (
+            rows.contiguous(),
+            target.reshape(-1).contiguous(),
             weight,
             prior,
             label_smoothing,
             ignore_index,
-            reduction,
-            torch_mean,
-            need_grad,
         )
+        if rows.requires_grad and torch.is_grad_enabled():
+            loss = CrossEntropyFunction.apply(*call, reduction, torch_mean)
+        else:
+            code = _REDUCTIONS.index(reduction)
+            loss = torch.ops.fastnorm.cross_entropy(*call, code, torch_mean, False)[0]
         loss = loss.view(positions) if reduction == "none" else loss
     else:
+        keep = mask if soft else target != ignore_index
         if not soft and (check_targets or target.device.type == "cpu"):
             _check_ids(target, num_classes, keep)
         loss = cross_entropy_reference(
@@ -304,11 +305,11 @@ class CrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx: Any, input, target, weight, prior, smoothing, ignore_index, reduction, torch_mean, need
+        ctx: Any, input, target, weight, prior, smoothing, ignore_index, reduction, torch_mean
     ):
-        code = ("none", "mean", "sum").index(reduction)
+        code = _REDUCTIONS.index(reduction)
         ctx.call = weight, prior, smoothing, ignore_index, code, torch_mean
-        loss, grad, scale = torch.ops.fastnorm.cross_entropy(input, target, *ctx.call, need)
+        loss, grad, scale = torch.ops.fastnorm.cross_entropy(input, target, *ctx.call, True)
         # Held apart from the saved tensors, the gradient can be scaled in place and handed on.
         traced = torch.compiler.is_compiling()
         ctx.grad = None if traced else grad
@@ -319,10 +320,10 @@ class CrossEntropyFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor):  # type: ignore[no-untyped-def]
         input, target, scale, saved = ctx.saved_tensors
         weight, prior, smoothing, ignore_index, code, torch_mean = ctx.call
-        rest = (None,) * 8
+        rest = (None,) * 7
         if torch.is_grad_enabled():
             keep = target != ignore_index
-            reduction = ("none", "mean", "sum")[code]
+            reduction = _REDUCTIONS[code]
             loss = cross_entropy_reference(
                 input, target, weight, smoothing, prior, keep, reduction, torch_mean
             )
@@ -383,7 +384,7 @@ class LabelSmoothingCrossEntropy(nn.Module):
     ) -> None:
         super().__init__()
         _check_smoothing("smoothing", smoothing)
-        if reduction not in ("mean", "sum", "none"):
+        if reduction not in _REDUCTIONS:
             raise ValueError(f"{reduction} is not a valid value for reduction")
         self.smoothing = smoothing
         self.ignore_index = ignore_index
