@@ -64,12 +64,14 @@ def disturbance(*tensors: Tensor | None) -> str | None:
         return "a torch.func transform is active"
     if torch.jit.is_tracing():
         return "torch.jit is tracing"
+    dual = torch.autograd.forward_ad._current_level >= 0
     for t in tensors:
         if t is None:
             continue
-        if type(t) is not Tensor and not isinstance(t, torch.nn.Parameter):
+        # The types first: a Parameter's isinstance runs Python.
+        if type(t) not in (Tensor, torch.nn.Parameter) and not isinstance(t, torch.nn.Parameter):
             return f"{type(t).__name__} is a subclass of Tensor"
-        if has_tangent(t):
+        if dual and has_tangent(t):
             return "forward-mode differentiation"
     return None
 

@@ -497,11 +497,12 @@ _StepSize = Callable[[Tensor], float]
 _Part = Callable[[Rule], Rule | None]
 
 
-def _alike(bounds: Iterable[_Bound], step: _StepSize = lambda param: 0.0) -> list[list[_Bound]]:
+def _alike(bounds: Iterable[_Bound], step: _StepSize | None = None) -> list[list[_Bound]]:
     """Split by device, dtype and step size, as multi-tensor kernels need."""
     parts: dict[tuple[Any, ...], list[_Bound]] = {}
     for bound in bounds:
-        key = (bound.param.device, bound.param.dtype, step(bound.param))
+        param = bound.param
+        key = (param.device, param.dtype, step and step(param))
         parts.setdefault(key, []).append(bound)
     return list(parts.values())
 
@@ -523,8 +524,9 @@ def _add_in_one_pass(
     if slopes is None or isinstance(scale, Tensor) or ds[0].device.type != "cpu":
         return None
     for grad, d in zip(grads, ds, strict=True):
-        same = grad.dtype == d.dtype and grad.stride() == d.stride()
-        if not (same and torch.ops.aten.is_non_overlapping_and_dense(d)):
+        if grad.dtype != d.dtype or grad.stride() != d.stride():
+            return None
+        if not (d.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(d)):
             return None
     if torch.compiler.is_compiling() or not _ops.use_kernel(ds[0], *ds[1:], *grads):
         return None
