@@ -12,7 +12,7 @@ clock or load meets all of them.
   the kernel must first map. From 32 MB on glibc maps fresh pages for each tensor, and the faults
   outweigh any norm; so malloc is told which to do, and where that can't be, it says "default".
 - forward runs without gradients; forward+backward asks for the gradient of every input and
-  parameter, from dense random gradients into every output.
+  parameter, from dense random gradients into every output, laid out as that output is.
 
 On CUDA each call is timed by events, with the L2 cache overwritten before it; except for inputs up
 to 64 KiB, where the host's time per call is what a user waits for, and that is measured.
@@ -345,8 +345,12 @@ def _sample(
         return {}, {}
     calls: dict[str, Callable[[], object]] = {}
     for name, function in _contenders(cell, device, compile).items():
-        call = contender_call(cell, inputs, function, gradients)
         try:
+            # In the layout of the contender's own outputs, as the layer behind it would send them.
+            with torch.no_grad():
+                layouts = [torch.empty_like(output) for output in _tuple(function(inputs))]
+            own = [like.copy_(g) for like, g in zip(layouts, gradients, strict=True)]
+            call = contender_call(cell, inputs, function, own)
             call()
             call()
         except Exception as error:
