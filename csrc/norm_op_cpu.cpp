@@ -45,8 +45,10 @@ at::Tensor in_type_of(const OptionalTensor& parameter, at::Tensor grad) {
   return fits ? std::move(grad) : grad.to(parameter->scalar_type());
 }
 
-bool is_row(const View& view) {
-  return view.reduce_outer == 1 && view.tail == 1 && view.inner != 0;
+// Frozen statistics are a batch norm's, whose batches of one must round as the larger ones do.
+bool is_row(const NormConfig& config) {
+  const View& view = config.view;
+  return view.reduce_outer == 1 && view.tail == 1 && view.inner != 0 && !config.frozen;
 }
 
 struct CpuNorm {
@@ -65,7 +67,7 @@ struct CpuNorm {
           config,  input_data<T>(x),      input_data<T>(residual), w.get(),
           b.get(), output_data<T>(out.y), output_data<T>(out.sum), centered ? m : nullptr,
           v};
-      is_row(config.view) ? row_norm_fwd(p) : column_norm_fwd(p);
+      is_row(config) ? row_norm_fwd(p) : column_norm_fwd(p);
     });
   }
 
@@ -99,7 +101,7 @@ struct CpuNorm {
                               output_data<T>(out.residual),
                               output_data<A>(out.weight),
                               output_data<A>(out.bias)};
-      is_row(config.view) ? row_norm_bwd(p) : column_norm_bwd(p);
+      is_row(config) ? row_norm_bwd(p) : column_norm_bwd(p);
     });
     if (mask[1]) out.weight = in_type_of(weight, std::move(out.weight));
     if (mask[2]) out.bias = in_type_of(bias, std::move(out.bias));
