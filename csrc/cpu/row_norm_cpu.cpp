@@ -311,12 +311,14 @@ bool backward_row_if_plain(const NormBackward<T>& p, const Row<T>& row, int64_t 
     backward_row_plain<true, true, true>(p, row, at, sums, scratch);
   } else if (row.weight && sums.dweight) {
     backward_row_plain<true, true, false>(p, row, at, sums, scratch);
-  } else if (row.weight && !sums.dbias) {
+  } else if (row.weight) {
     backward_row_plain<true, false, false>(p, row, at, sums, scratch);
-  } else if (!row.weight && !sums.dweight && !sums.dbias) {
-    backward_row_plain<false, false, false>(p, row, at, sums, scratch);
-  } else {
+  } else if (sums.dbias) {
+    backward_row_plain<false, true, true>(p, row, at, sums, scratch);
+  } else if (sums.dweight) {
     return false;
+  } else {
+    backward_row_plain<false, false, false>(p, row, at, sums, scratch);
   }
   return true;
 }
@@ -424,23 +426,24 @@ void row_norm_bwd(const NormBackward<T>& p) {
   }
   const int64_t blocks = row_blocks(rows), stride = 2 * channels;
   std::vector<A> partial(blocks * stride);
-  at::parallel_for(0, blocks,
-                   std::max<int64_t>(1, rows_per_task<T>(view.reduce_inner) * blocks / rows),
-                   [&](int64_t begin, int64_t end) {
-                     std::vector<A> scratch, few(stride);
-                     const ChannelSums<A> sums{p.dweight ? few.data() : nullptr,
-                                               p.dbias ? few.data() + channels : nullptr};
-                     for (int64_t block = begin; block < end; ++block) {
-                       A* mine = partial.data() + block * stride;
-                       const int64_t last = rows * (block + 1) / blocks;
-                       for (int64_t row = rows * block / blocks; row < last;) {
-                         std::fill(few.begin(), few.end(), A(0));
-                         const int64_t stop = std::min(last, row + kSumRows);
-                         for (; row < stop; ++row) backward_row(p, row, sums, scratch);
-                         add_chunk(few.data(), mine, stride);
-                       }
-                     }
-                   });
+  at::parallel_for(
+      0, blocks, std::max<int64_t>(1, rows_per_task<T>(view.reduce_inner) * blocks / rows),
+      [&](int64_t begin, int64_t end) {
+        std::vector<A> scratch, few(stride);
+        // dweight is summed even if dbias alone is asked for: dx must not round
+        // otherwise then, and the plain form has one loop less.
+        const ChannelSums<A> sums{few.data(), p.dbias ? few.data() + channels : nullptr};
+        for (int64_t block = begin; block < end; ++block) {
+          A* mine = partial.data() + block * stride;
+          const int64_t last = rows * (block + 1) / blocks;
+          for (int64_t row = rows * block / blocks; row < last;) {
+            std::fill(few.begin(), few.end(), A(0));
+            const int64_t stop = std::min(last, row + kSumRows);
+            for (; row < stop; ++row) backward_row(p, row, sums, scratch);
+            add_chunk(few.data(), mine, stride);
+          }
+        }
+      });
   if (p.dweight) sum_blocks(partial.data(), blocks, stride, channels, p.dweight);
   if (p.dbias) sum_blocks(partial.data() + channels, blocks, stride, channels, p.dbias);
 }

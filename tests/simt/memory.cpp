@@ -84,6 +84,8 @@ void check(const Fiber& fiber, uintptr_t address, unsigned bytes, bool store, Bu
        " bytes out of bounds: " + nearest);
 }
 
+constexpr int kRankBits = 20;  // of a shared address, below the rank of its block in the cluster
+
 // 32 banks of 4 bytes; wide accesses go in groups of lanes that ask for 128 bytes together.
 // The fewest are as many as the distinct bytes fill.
 void add_wavefronts(const Request& request) {
@@ -96,7 +98,7 @@ void add_wavefronts(const Request& request) {
     for (size_t i = first; i < last; ++i) {
       const uintptr_t address = request.lanes[i].first;
       for (uintptr_t word = address / 4; word <= (address + bytes - 1) / 4; ++word) {
-        words[word % 32].insert(word);
+        words[word % 32 + 32 * (address >> kRankBits)].insert(word);
       }
     }
     size_t worst = 0, all = 0;
@@ -176,11 +178,12 @@ __attribute__((noinline)) void shared_access(const void* pointer, unsigned bytes
     fail(describe(fiber) + " makes a misaligned shared access of " + std::to_string(bytes) +
          " bytes");
   }
-  bool inside = false;
-  for (unsigned rank = 0; rank < fiber.view.cluster_size && !inside; ++rank) {
-    inside = inside_shared(fiber.block->cluster_first[rank], pointer, bytes);
+  unsigned rank = 0;
+  while (rank < fiber.view.cluster_size &&
+         !inside_shared(fiber.block->cluster_first[rank], pointer, bytes)) {
+    ++rank;
   }
-  if (!inside) {
+  if (rank == fiber.view.cluster_size) {
     fail(describe(fiber) + (store ? " stores" : " loads") + " outside its shared memory: byte " +
          std::to_string(static_cast<const unsigned char*>(pointer) - fiber.block->shared));
   }
@@ -188,7 +191,10 @@ __attribute__((noinline)) void shared_access(const void* pointer, unsigned bytes
   const void* site = __builtin_return_address(0);
   Request& request = shared_requests[{fiber.warp, site, visit(fiber, site)}];
   request.store = store;
-  request.lanes.emplace_back(address, bytes);
+  // Banks begin where a block's shared memory does, which here lies anywhere; each block has its
+  // own.
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(fiber.block->cluster_first[rank].shared);
+  request.lanes.emplace_back((uintptr_t{rank} << kRankBits) + address - begin, bytes);
 }
 
 void copy_async(void* shared_target, const void* source, unsigned bytes, Site site) {
