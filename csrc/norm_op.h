@@ -1,10 +1,10 @@
 // The norm operators as every device has them: options, checks, outputs, registration. A device
 // brings two functions that choose dtype and geometry,
 //
-//   forward(config, x, residual, weight, bias, mean, var, NormOutputs&)     fills y, sum,
-//   statistics backward(config, dy, dsum, x, weight, bias, residual, mean, var, mask,
-//   NormGradients&)
-//                                                fills dx and dresidual, makes dweight and dbias
+//   forward(config, x, residual, weight, bias, mean, var, NormOutputs&)
+//       fills y, sum and the statistics
+//   backward(config, dy, dsum, x, weight, bias, residual, mean, var, mask, NormGradients&)
+//       fills dx and dresidual, makes dweight and dbias
 #pragma once
 
 #include <ATen/ops/empty.h>
