@@ -82,19 +82,18 @@ class KeepMaskStream {
   static constexpr int64_t kElements = 8 * kCounters;
 
   KeepMaskStream(uint64_t counter, uint64_t seed, uint32_t threshold) {
-    uint32_t key0[10], key1[10];
-    for (uint32_t r = 0; r < 10; ++r) {
-      key0[r] = static_cast<uint32_t>(seed) + r * 0x9E3779B9u;
-      key1[r] = static_cast<uint32_t>(seed >> 32) + r * 0xBB67AE85u;
+    const V weyl0 = L::set(0x9E3779B9u), weyl1 = L::set(0xBB67AE85u);
+    k0_[0] = L::set(static_cast<uint32_t>(seed));
+    k1_[0] = L::set(static_cast<uint32_t>(seed >> 32));
+    for (int r = 1; r < 10; ++r) {
+      k0_[r] = L::add(k0_[r - 1], weyl0);
+      k1_[r] = L::add(k1_[r - 1], weyl1);
     }
     // c2 = c3 = 0 and a common c1 leave the first product of round 1 the same for all lanes.
-    const uint64_t common =
-        uint64_t(0xD2511F53u) * (static_cast<uint32_t>(counter >> 32) ^ key0[0]);
-    c2_round1_ = L::set(static_cast<uint32_t>(common >> 32) ^ key1[1]);
-    for (int r = 0; r < 10; ++r) {
-      k0_[r] = L::set(key0[r]);
-      k1_[r] = L::set(r == 2 ? key1[r] ^ static_cast<uint32_t>(common) : key1[r]);
-    }
+    const uint64_t common = uint64_t(0xD2511F53u) *
+                            (static_cast<uint32_t>(counter >> 32) ^ static_cast<uint32_t>(seed));
+    c2_round1_ = L::xor_(L::set(common >> 32), k1_[1]);
+    k1_[2] = L::xor_(k1_[2], L::set(static_cast<uint32_t>(common)));
     limit_ = L::set16(static_cast<uint16_t>(threshold - 1));
     index_[0] = L::add(L::set(counter), L::first());
     index_[1] = L::add(L::set(counter + L::kCounters), L::first());
@@ -192,13 +191,12 @@ struct MaskBuffer {
   }
 };
 
-// out[i] = in[i] * scale where element first_index + i is kept, +0 elsewhere; in and out may be
-// the same. Bits are drawn a few vectors ahead of their use, so that the multiplies of the one
-// fill the memory latency of the other.
-template <typename T>
-void apply_dropout(const T* in, T* out, int64_t n, uint64_t first_index, const Dropout& dropout) {
+// Calls f(i, m, mask) for stretches of n elements from first_index on, in order: `mask` has the m
+// of element first_index + i and those behind it. Bits are drawn a few vectors ahead of their use,
+// so that the multiplies of the one fill the memory latency of the other.
+template <typename F>
+void for_each_mask(int64_t n, uint64_t first_index, const Dropout& dropout, F&& f) {
   const uint64_t seed = static_cast<uint64_t>(*dropout.seed);
-  const auto scale = static_cast<acc_t<T>>(dropout.scale);
   constexpr int64_t kStep = KeepMaskStream::kElements;
   MaskBuffer buffer;
   int64_t i = 0;
@@ -208,15 +206,25 @@ void apply_dropout(const T* in, T* out, int64_t n, uint64_t first_index, const D
       KeepMaskStream stream(index / 8, seed, dropout.threshold);
       for (; i + kStep <= n; i += kStep) {
         stream.next(buffer.data);
-        scale_kept(in + i, out + i, buffer.data, kStep, scale);
+        f(i, kStep, buffer.data);
       }
     } else {
       // Up to the next multiple of 8, unless that is all there is.
       const int64_t size = std::min(n - i, kMaskBlock - static_cast<int64_t>(index % 8));
-      scale_kept(in + i, out + i, buffer.fill(index, size, seed, dropout.threshold), size, scale);
+      f(i, size, buffer.fill(index, size, seed, dropout.threshold));
       i += size;
     }
   }
+}
+
+// out[i] = in[i] * scale where element first_index + i is kept, +0 elsewhere; in and out may be
+// the same.
+template <typename T>
+void apply_dropout(const T* in, T* out, int64_t n, uint64_t first_index, const Dropout& dropout) {
+  const auto scale = static_cast<acc_t<T>>(dropout.scale);
+  for_each_mask(n, first_index, dropout, [&](int64_t i, int64_t m, const KeepMask* mask) {
+    scale_kept(in + i, out + i, mask, m, scale);
+  });
 }
 
 template <typename A>

@@ -77,12 +77,14 @@ void apply_channels(const Row<T>& row, const acc_t<T>* x, int64_t first, int64_t
 // sum = residual + dropout(x) of elements [at, at + n)
 template <typename T>
 void drop_and_add(const NormForward<T>& p, int64_t at, int64_t n) {
-  acc_t<T> buffer[kChunk];
-  for_each_stretch(n, kChunk, [&](int64_t i, int64_t m) {
-    load_chunk(p.x + at + i, buffer, m);
-    apply_dropout(buffer, m, at + i, p.config.dropout);
-    add_chunk(p.residual + at + i, buffer, m);
-    store_chunk(buffer, p.sum + at + i, m);
+  const Dropout& dropout = p.config.dropout;
+  const auto scale = static_cast<acc_t<T>>(dropout.scale);
+  for_each_mask(n, at, dropout, [&](int64_t first, int64_t m, const KeepMask* mask) {
+    const T *x = p.x + at + first, *residual = p.residual + at + first;
+    T* sum = p.sum + at + first;
+    for_each_wide<acc_t<T>>(m, [&](auto tag, int64_t i) {
+      store(tag, sum + i, kept(tag, load(tag, x + i) * scale, mask + i) + load(tag, residual + i));
+    });
   });
 }
 
@@ -158,19 +160,19 @@ struct RowMeans {
         gx(c.frozen ? A(0) : static_cast<A>(sums.gx / c.view.reduce_inner)) {}
 };
 
-// out = dx [+ dsum] of a row; values(tag, i, xhat) gives g and xhat. `next` is what the following
-// row reads.
-template <typename T, typename Out, typename F>
-void write_dx(const Row<T>& row, RowMeans<acc_t<T>> mean, int64_t n, const T* dsum, Out* out,
-              const T* next, F&& values) {
+// use(tag, i, dx [+ dsum]) for the columns of a row; values(tag, i, xhat) gives g and xhat. `next`
+// is what the following row reads.
+template <typename T, typename F, typename Use>
+void for_each_dx(const Row<T>& row, RowMeans<acc_t<T>> mean, int64_t n, const T* dsum,
+                 const T* next, F&& values, Use&& use) {
   using A = acc_t<T>;
   const A rstd = row.rstd;
   const auto run = [&](auto&& plus) {
     for_each_wide<A>(n, [&](auto tag, int64_t i) {
       prefetch(next + i);
-      decltype(load(tag, out)) xhat;
+      decltype(load(tag, next)) xhat;
       const auto g = values(tag, i, xhat);
-      store(tag, out + i, plus(tag, i, (g - mean.g - xhat * mean.gx) * rstd));
+      use(tag, i, plus(tag, i, (g - mean.g - xhat * mean.gx) * rstd));
     });
   };
   if (dsum) {
@@ -226,34 +228,40 @@ void backward_row_plain(const NormBackward<T>& p, const Row<T>& row, int64_t at,
   });
   if (!wanted) return;
   const RowMeans<A> means(c, total);
-  const auto write = [&](int64_t first, int64_t m, auto* out) {
+  const auto each_dx = [&](int64_t first, int64_t m, auto&& use) {
     const T* dsum = p.dsum ? p.dsum + at + first : nullptr;
     const T* next = x + n + first;
     if (keep) {
-      write_dx(row, means, m, dsum, out, next, [&](auto tag, int64_t i, auto& xhat) {
+      const auto values = [&](auto tag, int64_t i, auto& xhat) {
         xhat = load(tag, kept_xhat + first + i);
         return load(tag, kept_g + first + i);
-      });
-      return;
+      };
+      return for_each_dx(row, means, m, dsum, next, values, use);
     }
-    write_dx(row, means, m, dsum, out, next, [&](auto tag, int64_t i, auto& xhat) {
+    const auto values = [&](auto tag, int64_t i, auto& xhat) {
       xhat = (load(tag, x + first + i) - mean) * rstd;
       auto g = load(tag, dy + first + i);
       if constexpr (kWeight) g = g * load(tag, w + first + i);
       return g;
-    });
+    };
+    for_each_dx(row, means, m, dsum, next, values, use);
   };
-  if (!c.dropout.seed) {
-    write(0, n, (c.prologue ? p.dresidual : p.dx) + at);
-    return;
+  if (!c.dropout.seed || !p.dx) {
+    T* out = (c.prologue ? p.dresidual : p.dx) + at;
+    return each_dx(0, n, [&](auto tag, int64_t i, auto v) { store(tag, out + i, v); });
   }
-  A buffer[kChunk];
-  for_each_stretch(n, kChunk, [&](int64_t first, int64_t m) {
-    write(first, m, buffer);
-    if (p.dresidual) store_chunk(buffer, p.dresidual + at + first, m);
-    if (!p.dx) return;
-    apply_dropout(buffer, m, at + first, c.dropout);
-    store_chunk(buffer, p.dx + at + first, m);
+  const A scale = static_cast<A>(c.dropout.scale);
+  for_each_mask(n, at, c.dropout, [&](int64_t first, int64_t m, const KeepMask* mask) {
+    T* dx = p.dx + at + first;
+    const auto write_dropped = [&](auto tag, int64_t i, auto v) {
+      store(tag, dx + i, kept(tag, v * scale, mask + i));
+    };
+    if (!p.dresidual) return each_dx(first, m, write_dropped);
+    T* dresidual = p.dresidual + at + first;
+    each_dx(first, m, [&](auto tag, int64_t i, auto v) {
+      store(tag, dresidual + i, v);
+      write_dropped(tag, i, v);
+    });
   });
 }
 
@@ -287,11 +295,13 @@ void backward_row_channels(const NormBackward<T>& p, const Row<T>& row, int64_t 
   const RowMeans<A> means(p.config, total);
   for_each_channel(0, n, inner, [&](int64_t start, int64_t count, int64_t channel) {
     const A w = weight(channel);
-    write_dx(row, means, count, static_cast<const T*>(nullptr), p.dx + at + start, x + n + start,
-             [&](auto tag, int64_t i, auto& xhat) {
-               xhat = (load(tag, x + start + i) - mean) * rstd;
-               return load(tag, dy + start + i) * w;
-             });
+    T* dx = p.dx + at + start;
+    const auto values = [&](auto tag, int64_t i, auto& xhat) {
+      xhat = (load(tag, x + start + i) - mean) * rstd;
+      return load(tag, dy + start + i) * w;
+    };
+    for_each_dx(row, means, count, static_cast<const T*>(nullptr), x + n + start, values,
+                [&](auto tag, int64_t i, auto v) { store(tag, dx + i, v); });
   });
 }
 

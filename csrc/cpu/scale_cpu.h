@@ -111,6 +111,16 @@ inline Lanes<T> mask_lanes(const Lanes<T>& value, const KeepMask* mask) {
 #endif
 }
 
+// The same by the tags of vec_math.h, in the accumulation type.
+template <typename A>
+inline Wide<A> kept(WideTag, const Wide<A>& value, const KeepMask* mask) {
+  return mask_lanes<A>(value, mask);
+}
+template <typename A>
+inline A kept(OneTag, A value, const KeepMask* mask) {
+  return *mask ? value : A(0);
+}
+
 #ifdef FASTNORM_X86_VECTOR
 #if defined(CPU_CAPABILITY_AVX512)
 inline constexpr size_t kStreamAlignment = 64;
