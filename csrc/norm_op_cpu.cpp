@@ -1,7 +1,8 @@
 // CPU side of the norm operators: choice of geometry and dtype.
 #include <limits>
+#include <memory>
 
-#include "cpu/norm_cpu.h"
+#include "cpu/vec_math.h"
 #include "norm_op.h"
 
 namespace fastnorm::cpu {
@@ -20,30 +21,62 @@ class Parameter {
       data_ = t->const_data_ptr<A>();
       return;
     }
-    converted_ = at::empty(t->sizes(), x.options().dtype(dtype));
-    A* out = converted_.mutable_data_ptr<A>();
+    converted_.reset(new A[t->numel()]);
     visit_dtype(t->scalar_type(), [&](auto zero) {
-      using P = decltype(zero);
-      const P* in = t->const_data_ptr<P>();
-      for (int64_t i = 0; i < t->numel(); ++i) {
-        const A v = static_cast<A>(in[i]) + static_cast<A>(offset);
-        out[i] = v == v ? v : std::numeric_limits<A>::quiet_NaN();
-      }
+      convert(t->const_data_ptr<decltype(zero)>(), t->numel(), static_cast<A>(offset));
     });
-    data_ = out;
+    data_ = converted_.get();
   }
   const A* get() const { return data_; }
 
  private:
-  at::Tensor converted_;
+  template <typename P>
+  void convert(const P* in, int64_t n, A offset) {
+    A* out = converted_.get();
+    if constexpr (sizeof(P) == 2 && std::is_same_v<A, float>) {  // NaNs of 16 bits are fit already
+      for_each_wide<A>(n, [&](auto tag, int64_t i) {
+        const auto v = load(tag, in + i);
+        store(tag, out + i, v + decltype(v + v)(offset));
+      });
+    } else {
+      for (int64_t i = 0; i < n; ++i) {
+        const A v = static_cast<A>(in[i]) + offset;
+        out[i] = v == v ? v : std::numeric_limits<A>::quiet_NaN();
+      }
+    }
+  }
+
+  std::unique_ptr<A[]> converted_;
   const A* data_ = nullptr;
 };
 
-// A call of `to` that changes nothing is a dispatch all the same.
-at::Tensor in_type_of(const OptionalTensor& parameter, at::Tensor grad) {
-  const bool fits = !has(parameter) || parameter->scalar_type() == grad.scalar_type();
-  return fits ? std::move(grad) : grad.to(parameter->scalar_type());
-}
+// The gradient of a parameter: summed in the accumulation type, kept in the parameter's.
+template <typename A>
+class ParameterGradient {
+ public:
+  ParameterGradient(bool wanted, const OptionalTensor& parameter, int64_t channels,
+                    const at::Tensor& x, at::Tensor& out)
+      : out_(out) {
+    const auto dtype = c10::CppTypeToScalarType<A>::value;
+    const auto kept = has(parameter) ? parameter->scalar_type() : dtype;
+    out = wanted ? at::empty({channels}, x.options().dtype(kept)) : none_like(x);
+    if (!wanted || channels == 0) return;
+    if (kept != dtype) wide_.reset(new A[channels]);
+    sums_ = wide_ ? wide_.get() : out.mutable_data_ptr<A>();
+  }
+  A* get() const { return sums_; }
+  void finish() const {
+    if (!wide_) return;
+    visit_dtype(out_.scalar_type(), [&](auto zero) {
+      at::vec::convert(wide_.get(), out_.mutable_data_ptr<decltype(zero)>(), out_.numel());
+    });
+  }
+
+ private:
+  const at::Tensor& out_;
+  std::unique_ptr<A[]> wide_;
+  A* sums_ = nullptr;
+};
 
 // Frozen statistics are a batch norm's, whose batches of one must round as the larger ones do.
 bool is_row(const NormConfig& config) {
@@ -76,9 +109,7 @@ struct CpuNorm {
                        const OptionalTensor& weight, const OptionalTensor& bias,
                        const OptionalTensor& residual, const OptionalTensor& mean,
                        const at::Tensor& var, std::array<bool, 4> mask, NormGradients& out) {
-    const auto wide = x.options().dtype(accumulate_type(x.scalar_type()));
-    out.weight = mask[1] ? at::empty({config.view.channels()}, wide) : none_like(x);
-    out.bias = mask[2] ? at::empty({config.view.channels()}, wide) : none_like(x);
+    const int64_t channels = mask[1] || mask[2] ? config.view.channels() : 0;
     visit_dtype(x.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
       using A = acc_t<T>;
@@ -86,6 +117,8 @@ struct CpuNorm {
       const bool centered = config.statistic == Statistic::MeanVar;
       const Parameter<A> given_mean(config.frozen && centered ? mean : std::nullopt, 0.0, x);
       const Parameter<A> given_var(config.frozen ? OptionalTensor(var) : std::nullopt, 0.0, x);
+      const ParameterGradient<A> dweight(mask[1], weight, channels, x, out.weight),
+          dbias(mask[2], bias, channels, x, out.bias);
       const NormBackward<T> p{config,
                               input_data<T>(dy),
                               input_data<T>(dsum),
@@ -99,12 +132,12 @@ struct CpuNorm {
                               config.frozen ? given_var.get() : input_data<A>(var),
                               output_data<T>(out.x),
                               output_data<T>(out.residual),
-                              output_data<A>(out.weight),
-                              output_data<A>(out.bias)};
+                              dweight.get(),
+                              dbias.get()};
       is_row(config) ? row_norm_bwd(p) : column_norm_bwd(p);
+      dweight.finish();
+      dbias.finish();
     });
-    if (mask[1]) out.weight = in_type_of(weight, std::move(out.weight));
-    if (mask[2]) out.bias = in_type_of(bias, std::move(out.bias));
   }
 };
 

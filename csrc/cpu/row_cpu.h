@@ -27,22 +27,28 @@ const acc_t<T>* widened(const T* x, int64_t n, acc_t<T>* scratch) {
   }
 }
 
+// The moments of a stretch; its mean is center + correction.
+template <typename A>
+struct StretchMoments {
+  A center, correction, m2;
+};
+
 // Two passes: a mean, then the deviations from it, whose own mean corrects it. The shift by the
 // first element makes a constant row exact. source(tag, i) is called for all elements in order
-// (and for the first once more), after which they are at `values`.
+// (and for the first once more), after which they are at `values`. share is 1 / n.
 template <typename A, typename F>
-Moments<double> stretch_moments(int64_t n, F&& source, const A* values) {
+StretchMoments<A> stretch_moments(int64_t n, A share, F&& source, const A* values) {
   const A shift = source(OneTag{}, 0);
   const A sum = wide_sum<A>(n, [&](auto tag, int64_t i) { return source(tag, i) - shift; });
-  const A center = shift + sum / static_cast<A>(n);
+  const A center = shift + sum * share;
   const auto [off, square] = wide_sum_and_dot<A>(
       n, [&](auto tag, int64_t i, auto& d) { return d = load(tag, values + i) - center; });
-  const double correction = static_cast<double>(off) / n;
-  return {static_cast<double>(n), center + correction, std::max(0.0, square - off * correction)};
+  const A correction = off * share;
+  return {center, correction, std::max(A(0), square - off * correction)};
 }
 
 template <typename A, typename F>
-double stretch_squares(int64_t n, F&& source) {
+A stretch_squares(int64_t n, F&& source) {
   return wide_sum<A>(n, [&](auto tag, int64_t i) {
     const auto v = source(tag, i);
     return v * v;
@@ -64,6 +70,7 @@ RowStats<T> row_stats(const NormForward<T>& p, int64_t at, T* x, acc_t<T>* scrat
   const bool centered = p.config.statistic == Statistic::MeanVar;
   Moments<double> all;
   double squares = 0;
+  RowStats<T> stats{A(0), A(0)};
   for_each_stretch(n, kStretch, [&](int64_t first, int64_t m) {
     A* wide = scratch + (keep ? first : 0);
     T* in = x + first;
@@ -74,16 +81,27 @@ RowStats<T> row_stats(const NormForward<T>& p, int64_t at, T* x, acc_t<T>* scrat
       if constexpr (kWiden) store(tag, wide + i, v);
       return v;
     };
+    const A* values;
+    if constexpr (kWiden) {
+      values = wide;
+    } else {
+      values = in;
+    }
     if (!centered) {
       squares += stretch_squares<A>(m, source);
-    } else if constexpr (kWiden) {
-      all.merge(stretch_moments<A>(m, source, wide));
-    } else {
-      all.merge(stretch_moments<A>(m, source, in));
+      stats.var = static_cast<A>(squares / n);
+      return;
     }
+    const A share = A(1) / static_cast<A>(m);
+    const auto s = stretch_moments<A>(m, share, source, values);
+    if (m == n) {  // the merge of one, without its divisions
+      stats = {s.center + s.correction, s.m2 * share};
+      return;
+    }
+    all.merge({static_cast<double>(m), static_cast<double>(s.center) + s.correction, s.m2});
+    stats = {static_cast<A>(all.mean), static_cast<A>(all.m2 / n)};
   });
-  if (!centered) return {A(0), static_cast<A>(squares / n)};
-  return {static_cast<A>(all.mean), static_cast<A>(all.m2 / n)};
+  return stats;
 }
 
 // What the chunks of one row share.
@@ -132,13 +150,17 @@ struct Row {
   }
 };
 
+template <typename A>
+inline A rstd_of(A var, double eps) {
+  return A(1) / std::sqrt(var + static_cast<A>(eps));
+}
+
 template <typename T>
-inline Row<T> make_row(const NormConfig& c, int64_t row, RowStats<T> s, const acc_t<T>* weight,
-                       const acc_t<T>* bias) {
-  using A = acc_t<T>;
-  const int64_t first_channel = (row % c.view.kept) * c.view.channels_per_kept();
-  return {c.view, first_channel, s.mean, A(1) / std::sqrt(s.var + static_cast<A>(c.eps)),
-          weight, bias};
+inline Row<T> make_row(const NormConfig& c, int64_t row, acc_t<T> mean, acc_t<T> rstd,
+                       const acc_t<T>* weight, const acc_t<T>* bias) {
+  const View& v = c.view;
+  const int64_t first_channel = v.kept == 1 ? 0 : (row % v.kept) * v.channels_per_kept();
+  return {v, first_channel, mean, rstd, weight, bias};
 }
 
 // Per-channel sums of one block of rows; null when not asked for.

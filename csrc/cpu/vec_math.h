@@ -33,7 +33,17 @@ struct Wide {
 
   // The sum of the lanes, in an order that depends on the vector width alone.
   A sum() const {
-    return at::vec::vec_reduce_all<A>([](Vec a, Vec b) { return a + b; }, lo + hi);
+    const Vec both = lo + hi;
+    if constexpr (std::is_same_v<A, float>) {
+      return at::vec::vec_reduce_all<A>([](Vec a, Vec b) { return a + b; }, both);
+    }
+    // ATen's takes 30 ns for double: it goes through memory, a lane at a time.
+    alignas(64) A lanes[Vec::size()];
+    both.store(lanes);
+    for (int half = Vec::size() / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    }
+    return lanes[0];
   }
 };
 
