@@ -4,6 +4,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
@@ -28,6 +29,14 @@ auto make_node() {
     return c10::make_intrusive<N>();
   }
 }
+
+// The operator's handle, for a static variable.
+template <typename Signature>
+auto op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+using Three = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 inline OptionalTensor optional(at::Tensor t) {
   return t.defined() ? OptionalTensor(std::move(t)) : std::nullopt;

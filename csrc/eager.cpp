@@ -44,7 +44,7 @@ bool cuda_is_loaded() {
   return op.hasKernelForDispatchKey(c10::DispatchKey::CUDA);
 }
 
-bool plain_tensor(PyObject* object, at::Tensor& out) {
+bool plain_tensor(PyObject* object, at::Tensor& out, bool ids) {
   using c10::DispatchKey;
   if (object == Py_None) return true;
   if (!THPVariable_CheckExact(object)) return false;
@@ -55,9 +55,10 @@ bool plain_tensor(PyObject* object, at::Tensor& out) {
       c10::autocast_dispatch_keyset;
   if (exceeds(t.key_set(), usual)) return false;
   const auto dtype = t.scalar_type();
-  if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf && dtype != at::kDouble) {
-    return false;
-  }
+  const bool of_kernels = ids ? dtype == at::kLong
+                              : dtype == at::kFloat || dtype == at::kBFloat16 ||
+                                    dtype == at::kHalf || dtype == at::kDouble;
+  if (!of_kernels) return false;
   if (t._fw_grad(0).defined()) return false;
   if (!t.is_cpu() && !(t.is_cuda() && cuda_is_loaded())) return false;
   out = t;

@@ -15,8 +15,9 @@ namespace fastnorm {
 bool undisturbed();
 
 // `object` is None, or an ordinary tensor of the CPU or of CUDA, with no subclass behaviour, no
-// forward-mode tangent and a dtype of the kernels. Sets `out` (undefined for None).
-bool plain_tensor(PyObject* object, at::Tensor& out);
+// forward-mode tangent and a dtype of the kernels (or, for `ids`, int64). Sets `out` (undefined for
+// None).
+bool plain_tensor(PyObject* object, at::Tensor& out, bool ids = false);
 
 // A parameter of `channels` values: of the input's dtype, or any of the three that are not double.
 inline bool parameter_fits(const at::Tensor& p, const at::Tensor& x, int64_t channels) {
@@ -40,5 +41,7 @@ inline pybind11::object wrap(const at::Tensor& t) {
 
 // Batch, group and instance norm: eager_channels.cpp.
 void register_channel_norms(pybind11::module_& m);
+
+void register_cross_entropy(pybind11::module_& m);
 
 }  // namespace fastnorm

@@ -13,4 +13,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   fastnorm::register_norms(m);
   fastnorm::register_channel_norms(m);
   fastnorm::register_dropout(m);
+  fastnorm::register_cross_entropy(m);
 }

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastnorm import _ops
+from fastnorm import _build, _ops
 
 __all__ = ["LabelSmoothingCrossEntropy", "cross_entropy", "smooth_labels"]
 
-_REDUCTIONS = ("none", "mean", "sum")  # by the operator's code
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # the operator's code
 
 
 def smooth_labels(
@@ -154,6 +154,18 @@ def cross_entropy(
         >>> cross_entropy(logits, torch.tensor([0, 1]), label_smoothing=0.1)
         tensor(0.4225)
     """
+    if (
+        mask is None
+        and not check_targets
+        and not torch.compiler.is_compiling()
+        and (m := _build.module) is not None
+    ):
+        loss = m.cross_entropy(
+            input, target, weight, label_smoothing, prior, ignore_index,
+            _REDUCTIONS.get(reduction, -1), torch_mean,
+        )  # fmt: skip
+        if loss is not None:
+            return loss
     if reduction not in _REDUCTIONS:
         raise ValueError(f"{reduction} is not a valid value for reduction")
     if not input.is_floating_point():
@@ -202,12 +214,16 @@ def cross_entropy(
             prior,
             label_smoothing,
             ignore_index,
+            _REDUCTIONS[reduction],
+            torch_mean,
         )
-        if rows.requires_grad and torch.is_grad_enabled():
-            loss = CrossEntropyFunction.apply(*call, reduction, torch_mean)
+        if not torch.compiler.is_compiling():
+            assert _build.module is not None
+            loss = _build.module.prepared_cross_entropy(*call)
+        elif rows.requires_grad and torch.is_grad_enabled():
+            loss = CrossEntropyFunction.apply(*call)
         else:
-            code = _REDUCTIONS.index(reduction)
-            loss = torch.ops.fastnorm.cross_entropy(*call, code, torch_mean, False)[0]
+            loss = torch.ops.fastnorm.cross_entropy(*call, False)[0]
         loss = loss.view(positions) if reduction == "none" else loss
     else:
         keep = mask if soft else target != ignore_index
@@ -300,47 +316,45 @@ def _use_kernel(input: Tensor, weight: Tensor | None, prior: Tensor | None) -> b
     return _ops.use_kernel(input, weight, prior)
 
 
+def reference_vjp(
+    grad: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    prior: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: int,
+    torch_mean: bool,
+) -> Tensor:
+    """The gradient of the logits as a differentiable function, where a backward is recorded."""
+    name = next(name for name, code in _REDUCTIONS.items() if code == reduction)
+    with torch.enable_grad():
+        loss = cross_entropy_reference(
+            input, target, weight, label_smoothing, prior, target != ignore_index, name, torch_mean
+        )
+        return torch.autograd.grad(loss, input, grad, create_graph=True)[0]
+
+
 class CrossEntropyFunction(torch.autograd.Function):
-    """The kernel: rows of logits and class ids; the gradient is computed with the loss."""
+    """The operator with autograd, for torch.compile; eager mode has this in C++."""
 
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx: Any, input, target, weight, prior, smoothing, ignore_index, reduction, torch_mean
-    ):
-        code = _REDUCTIONS.index(reduction)
-        ctx.call = weight, prior, smoothing, ignore_index, code, torch_mean
-        loss, grad, scale = torch.ops.fastnorm.cross_entropy(input, target, *ctx.call, True)
-        # Held apart from the saved tensors, the gradient can be scaled in place and handed on.
-        traced = torch.compiler.is_compiling()
-        ctx.grad = None if traced else grad
-        ctx.save_for_backward(input, target, scale, grad if traced else None)
+    def forward(ctx: Any, input, target, *call):  # type: ignore[no-untyped-def]
+        ctx.call = call
+        loss, grad, scale = torch.ops.fastnorm.cross_entropy(input, target, *call, True)
+        ctx.save_for_backward(input, target, scale, grad)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor):  # type: ignore[no-untyped-def]
-        input, target, scale, saved = ctx.saved_tensors
-        weight, prior, smoothing, ignore_index, code, torch_mean = ctx.call
+        input, target, scale, grad = ctx.saved_tensors
         rest = (None,) * 7
         if torch.is_grad_enabled():
-            keep = target != ignore_index
-            reduction = _REDUCTIONS[code]
-            loss = cross_entropy_reference(
-                input, target, weight, smoothing, prior, keep, reduction, torch_mean
-            )
-            return *torch.autograd.grad(loss, input, grad_output, create_graph=True), *rest
+            return reference_vjp(grad_output, input, target, *ctx.call), *rest
         factor = grad_output * scale
-        factor = factor.unsqueeze(1) if code == 0 else factor
-        if saved is not None:
-            return (saved * factor).to(saved.dtype), *rest
-        grad, ctx.grad = ctx.grad, None
-        if grad is None:  # a second pass over a retained graph
-            grad = torch.ops.fastnorm.cross_entropy(input, target, *ctx.call, True)[1]
-        # The usual gradient of a loss is 1, which saves a pass; looking is free on a CPU.
-        if code != 0 and grad.is_cuda:
-            torch.ops.fastnorm.scale_gradient_(grad, factor)
-        elif code == 0 or factor.item() != 1:
-            grad.mul_(factor)
-        return grad, *rest
+        factor = factor.unsqueeze(1) if factor.dim() else factor
+        return (grad * factor).to(grad.dtype), *rest
 
 
 def _fake_cross_entropy(input, target, weight, prior, smoothing, ignore_index, reduction, *rest):  # type: ignore[no-untyped-def]
