@@ -1,6 +1,5 @@
 #include "autograd.h"
 
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -20,6 +19,7 @@ Three call_norm_fwd(const at::Tensor& x, const OptionalTensor& weight, const Opt
       const at::Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
       const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, c10::SymIntArrayRef,
       int64_t, double, double, int64_t, double)>("fastnorm::norm_fwd");
+  at::AutoDispatchBelowADInplaceOrView guard;
   return handle.call(x, weight, bias, residual, mean, var, seed,
                      c10::fromIntArrayRefUnchecked(c.view), c.statistic, c.eps, c.weight_offset,
                      c.activation, c.dropout_p);
@@ -34,6 +34,7 @@ Four call_norm_bwd(const at::Tensor& dy, const at::Tensor& x, const OptionalTens
               const OptionalTensor&, const OptionalTensor&, const at::Tensor&,
               const OptionalTensor&, c10::SymIntArrayRef, int64_t, bool, double, double, int64_t,
               double, std::array<bool, 4>)>("fastnorm::norm_bwd");
+  at::AutoDispatchBelowADInplaceOrView guard;
   return handle.call(dy, x, weight, bias, residual, mean, var, seed,
                      c10::fromIntArrayRefUnchecked(c.view), c.statistic, frozen, c.eps,
                      c.weight_offset, c.activation, c.dropout_p, mask);
@@ -46,6 +47,7 @@ Four call_add_norm_fwd(const at::Tensor& x, const at::Tensor& residual,
       op<Four(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
               const OptionalTensor&, c10::SymIntArrayRef, int64_t, double, double, double)>(
           "fastnorm::add_norm_fwd");
+  at::AutoDispatchBelowADInplaceOrView guard;
   return handle.call(x, residual, weight, bias, seed, c10::fromIntArrayRefUnchecked(c.view),
                      c.statistic, c.eps, c.weight_offset, c.dropout_p);
 }
@@ -58,6 +60,7 @@ Four call_add_norm_bwd(const OptionalTensor& dy, const OptionalTensor& dsum, con
       const OptionalTensor&, const OptionalTensor&, const at::Tensor&, const OptionalTensor&,
       const OptionalTensor&, const at::Tensor&, const OptionalTensor&, c10::SymIntArrayRef, int64_t,
       double, double, double, std::array<bool, 4>)>("fastnorm::add_norm_bwd");
+  at::AutoDispatchBelowADInplaceOrView guard;
   return handle.call(dy, dsum, sum, weight, mean, var, seed, c10::fromIntArrayRefUnchecked(c.view),
                      c.statistic, c.eps, c.weight_offset, c.dropout_p, mask);
 }
@@ -218,11 +221,8 @@ NormOutput norm(const at::Tensor& x, const OptionalTensor& weight, const Optiona
     node->set_next_edges(torch::autograd::collect_next_edges(x, w, b, r));
   }
   NormOutput out;
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    std::tie(out.y, out.mean, out.var) =
-        call_norm_fwd(x, weight, bias, residual, mean_in, var_in, seed, call);
-  }
+  std::tie(out.y, out.mean, out.var) =
+      call_norm_fwd(x, weight, bias, residual, mean_in, var_in, seed, call);
   if (node) {
     node->call = call;
     node->frozen = has(var_in);
@@ -249,11 +249,7 @@ std::tuple<at::Tensor, at::Tensor> add_norm(const at::Tensor& x, const at::Tenso
     node = make_node<AddNormNode>();
     node->set_next_edges(torch::autograd::collect_next_edges(x, residual, w, b));
   }
-  at::Tensor y, sum, mean, var;
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    std::tie(y, sum, mean, var) = call_add_norm_fwd(x, residual, weight, bias, seed, call);
-  }
+  auto [y, sum, mean, var] = call_add_norm_fwd(x, residual, weight, bias, seed, call);
   if (node) {
     node->call = call;
     torch::autograd::set_history(variable_list{y, sum}, node);

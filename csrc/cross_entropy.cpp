@@ -1,7 +1,6 @@
 // Cross-entropy: schema, CPU entry, autograd, and the eager entry.
 #include "cross_entropy.h"
 
-#include <ATen/EmptyTensor.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -61,10 +60,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_op(
   }
   const at::ScalarType wide = accumulate_type(input.scalar_type());
   const auto options = input.options().dtype(wide);
-  using at::detail::empty_cpu;
-  at::Tensor grad = empty_cpu({need_grad ? rows : 0, classes}, input.options());
-  at::Tensor scale = empty_cpu({}, options);
-  at::Tensor loss = reduction == 0 ? empty_cpu({rows}, options) : empty_cpu({}, options);
+  at::Tensor grad = make_empty({need_grad ? rows : 0, classes}, input.options());
+  at::Tensor scale = make_empty({}, options);
+  at::Tensor loss = reduction == 0 ? make_empty({rows}, options) : make_empty({}, options);
   visit_dtype(input.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
@@ -180,6 +178,7 @@ struct CrossEntropyNode final : public Node {
     lock.unlock();
     if (!dx.defined()) dx = std::get<1>(call_cross_entropy(x, ids, weight_, prior_, call, true));
     const at::Tensor& dloss = grads[0];
+    at::AutoDispatchBelowADInplaceOrView guard;
     if (at::isTensorSubclassLike(dloss)) {
       const at::Tensor factor = dloss * scale_;
       return {(dx * (call.reduction == 0 ? factor.unsqueeze(-1) : factor)).to(dx.scalar_type())};

@@ -3,8 +3,6 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/randint.h>
 #include <torch/csrc/Generator.h>
@@ -54,7 +52,7 @@ at::Tensor draw_seed(const at::Tensor& like, const std::optional<at::Generator>&
   // at::randint without its overhead, which is more than dropout itself on a small input.
   auto* source = at::get_generator_or_default<at::CPUGeneratorImpl>(
       generator, at::detail::getDefaultCPUGenerator());
-  at::Tensor seed = at::detail::empty_cpu({1}, options);
+  at::Tensor seed = make_empty({1}, options);
   std::lock_guard<std::mutex> lock(source->mutex_);
   *seed.mutable_data_ptr<int64_t>() =
       static_cast<int64_t>(source->random64() % static_cast<uint64_t>(kRange));
@@ -100,7 +98,7 @@ void forward_into(const at::Tensor& y, const at::Tensor& x, const OptionalTensor
 at::Tensor dropout_fwd_cpu(const at::Tensor& x, const OptionalTensor& bias,
                            const OptionalTensor& residual, const OptionalTensor& seed,
                            at::IntArrayRef view, int64_t activation, double p, int64_t kind) {
-  at::Tensor y = at::empty_like(x);
+  at::Tensor y = make_empty_like(x);
   forward_into(y, x, bias, residual, seed, view, activation, p, kind);
   return y;
 }
@@ -115,7 +113,7 @@ at::Tensor dropout_bwd_cpu(const at::Tensor& grad, const OptionalTensor& x,
                            at::IntArrayRef view, int64_t activation, double p, int64_t kind) {
   const DropoutConfig config = checked_dropout(grad, {x}, bias, seed, view, activation, p, kind);
   TORCH_CHECK(activation == 0 || has(x), "fastnorm: the activation's derivative needs x");
-  at::Tensor dx = at::empty_like(grad);
+  at::Tensor dx = make_empty_like(grad);
   if (grad.numel() == 0) return dx;
   visit_dtype(grad.scalar_type(), [&](auto zero) {
     using T = decltype(zero);

@@ -7,8 +7,6 @@
 //       fills dx and dresidual, makes dweight and dbias
 #pragma once
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "torch_utils.h"
@@ -23,7 +21,7 @@ struct NormGradients {
   at::Tensor x, weight, bias, residual;  // empty where not wanted
 };
 
-inline at::Tensor none_like(const at::Tensor& x) { return at::empty({0}, x.options()); }
+inline at::Tensor none_like(const at::Tensor& x) { return make_empty({0}, x.options()); }
 
 // Null for what is absent or empty.
 template <typename T>
@@ -60,10 +58,10 @@ struct NormOperators {
     check_statistics(x, config, mean, var);
     const auto statistic = [&](bool wanted) {
       const auto options = x.options().dtype(accumulate_type(x.scalar_type()));
-      return wanted ? at::empty({config.view.outer, config.view.kept}, options) : none_like(x);
+      return wanted ? make_empty({config.view.outer, config.view.kept}, options) : none_like(x);
     };
     const bool centered = config.statistic == Statistic::MeanVar;
-    NormOutputs out{at::empty_like(x), config.prologue ? at::empty_like(x) : at::Tensor(),
+    NormOutputs out{make_empty_like(x), config.prologue ? make_empty_like(x) : at::Tensor(),
                     statistic(centered && !config.frozen), statistic(!config.frozen)};
     Device::forward(config, x, residual, weight, bias, mean, var, out);
     return out;
@@ -77,8 +75,8 @@ struct NormOperators {
     check_operands(x, config.view, {dy, dsum, residual}, {weight, bias});
     check_statistics(x, config, mean, var);
     NormGradients out;
-    out.x = mask[0] ? at::empty_like(x) : none_like(x);
-    out.residual = mask[3] ? at::empty_like(x) : none_like(x);
+    out.x = mask[0] ? make_empty_like(x) : none_like(x);
+    out.residual = mask[3] ? make_empty_like(x) : none_like(x);
     Device::backward(config, dy, dsum, x, weight, bias, residual, mean, var, mask, out);
     return {std::move(out.x), std::move(out.weight), std::move(out.bias), std::move(out.residual)};
   }

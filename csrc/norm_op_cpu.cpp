@@ -59,7 +59,7 @@ class ParameterGradient {
       : out_(out) {
     const auto dtype = c10::CppTypeToScalarType<A>::value;
     const auto kept = has(parameter) ? parameter->scalar_type() : dtype;
-    out = wanted ? at::empty({channels}, x.options().dtype(kept)) : none_like(x);
+    out = wanted ? make_empty({channels}, x.options().dtype(kept)) : none_like(x);
     if (!wanted || channels == 0) return;
     if (kept != dtype) wide_.reset(new A[channels]);
     sums_ = wide_ ? wide_.get() : out.mutable_data_ptr<A>();

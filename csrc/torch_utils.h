@@ -2,7 +2,10 @@
 // dispatcher, and the checks that every kernel entry makes.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include <array>
 #include <optional>
@@ -56,6 +59,18 @@ inline NormConfig to_config(at::IntArrayRef view, int64_t statistic, bool frozen
   c.activation = static_cast<Activation>(activation);
   c.dropout = Dropout::of(dropout_p, has(seed) ? seed->const_data_ptr<int64_t>() : nullptr);
   return c;
+}
+
+// at::empty and at::empty_like (of a dense tensor), which on the CPU come without the dispatcher:
+// that alone takes longer than a small norm.
+inline at::Tensor make_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  return options.device().is_cpu() ? at::detail::empty_cpu(sizes, options)
+                                   : at::empty(sizes, options);
+}
+
+inline at::Tensor make_empty_like(const at::Tensor& x) {
+  return x.is_cpu() ? at::detail::empty_strided_cpu(x.sizes(), x.strides(), x.options())
+                    : at::empty_like(x);
 }
 
 // Same sizes, and the same position in memory for every element. The stride of a dimension of

@@ -157,12 +157,13 @@ def summary_rows(results: dict[str, Any]) -> tuple[list[str], list[Row]]:
 
 
 def measurement_rows(results: dict[str, Any]) -> tuple[list[str], list[Row]]:
-    """What is not a cell: import time and peak memory, each by torch and by fastnorm."""
+    """What is not a cell: import time, peak memory, modules; each by torch and by fastnorm."""
     formats = {"s": format_time, "B": format_bytes}
     rows = []
     for item in results["measurements"]:
         # A peak may be 0: a step that fits into what the heap had free.
         ratio = item["torch"] / item["fastnorm"] if item["fastnorm"] else None
+        ratio = item.get("ratio", ratio)  # of interleaved pairs, where it was taken
         row = [item["name"], *(formats[item["unit"]](item[name]) for name in ("torch", "fastnorm"))]
         rows.append(([*row, format_ratio(ratio)], ratio_style(ratio)))
     return ["measured", "torch", "fastnorm", "vs torch"], rows
@@ -244,7 +245,7 @@ def show(results: dict[str, Any]) -> None:
     else:
         print(f"{line}\n")
     if results["measurements"]:
-        print_table("memory and import", *measurement_rows(results))
+        print_table("beside the cells", *measurement_rows(results))
     header, rows = summary_rows(results)
     if rows:
         print_table("summary: times faster, geometric means", header, rows)

@@ -81,3 +81,12 @@ def check_probability(argument: str, p: object) -> None:
 
 def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def exporting() -> bool:
+    """Whether `torch.export` traces this call.
+
+    `torch.compiler.is_exporting` reads the same flag, but up to torch 2.11 a call that Dynamo
+    traces for torch.compile finds it true.
+    """
+    return torch.compiler._is_exporting_flag

@@ -16,6 +16,7 @@ from fastnorm._checks import (
     check_parameter,
     check_probability,
     check_residual,
+    exporting,
 )
 from fastnorm._ops import NormCall
 from fastnorm.epilogue import activation_code
@@ -148,7 +149,7 @@ def layer(
     check_residual(residual, input)
     check_eps(eps)
     code = activation_code(activation)
-    if torch.compiler.is_exporting() and generator is None:
+    if exporting() and generator is None:
         check_probability("dropout_p", dropout_p)
         return _export.layer(
             input, shape, axis, weight, bias, residual, statistic, eps, weight_offset, code,
@@ -202,7 +203,7 @@ def add_layer(
     check_parameter("weight", weight, shape, input)
     check_parameter("bias", bias, shape, input)
     check_eps(eps)
-    if torch.compiler.is_exporting() and generator is None:
+    if exporting() and generator is None:
         check_probability("dropout_p", dropout_p)
         total = residual + (F.dropout(input, dropout_p) if training and dropout_p else input)
         y = _export.layer(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastnorm import _build, _philox, _reference
+from fastnorm._checks import exporting
 
 View = tuple[int, int, int, int, int, int]
 
@@ -119,7 +120,7 @@ def keeps_operator(input: Tensor, auto: bool) -> bool:
     backend = _build.backend()
     device = input.device.type
     if (
-        torch.compiler.is_exporting()
+        exporting()
         or device not in _build.DEVICES
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastnorm import _build
+from fastnorm._checks import exporting
 
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -92,7 +93,7 @@ def draw_seed(input: Tensor, generator: torch.Generator | None = None) -> Tensor
             "generator: expected None in a compiled graph, which cannot hold a torch.Generator; "
             "call torch.manual_seed instead, or compile without fullgraph=True"
         )
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and has_operator():
+    if torch.compiler.is_compiling() and not exporting() and has_operator():
         seed = torch.ops.fastnorm.draw_seed(input)
     else:
         seed = torch.randint(2**63 - 1, (1,), device=input.device, generator=generator)

@@ -23,6 +23,7 @@ from fastnorm._checks import (
     check_parameter,
     check_probability,
     check_residual,
+    exporting,
 )
 from fastnorm._ops import NormCall
 from fastnorm._reference import MEAN_VAR
@@ -290,7 +291,7 @@ def normalize(
         assert running_mean is not None
         _running.check_updatable(running_mean, x)
     if (
-        torch.compiler.is_exporting()
+        exporting()
         and _export.is_updatable(x, running_mean, update)
         and (batch_statistics or not update)
         and momentum is not None

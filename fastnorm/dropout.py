@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnorm import _build, _dtensor, _ops, _philox, _reference
-from fastnorm._checks import check_device, check_input, check_probability
+from fastnorm._checks import check_device, check_input, check_probability, exporting
 from fastnorm._reference import accumulate_dtype
 from fastnorm.epilogue import ACTIVATION_CODES, FUNCTIONS, activation_code
 
@@ -327,7 +327,7 @@ def _general(
             activation=activation, bias=bias, residual=residual, generator=generator,
         )  # fmt: skip
         return input.copy_(result)
-    if torch.compiler.is_exporting() and drops and generator is None and kind == SCALED:
+    if exporting() and drops and generator is None and kind == SCALED:
         # As an exported graph's own runtime draws: torch's functions, see fastnorm/_export.py.
         feature = shared and shared == _feature_bits(input, False)
         if not shared or feature:

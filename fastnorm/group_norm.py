@@ -20,6 +20,7 @@ from fastnorm._checks import (
     check_parameter,
     check_probability,
     check_residual,
+    exporting,
 )
 from fastnorm._ops import NormCall
 from fastnorm._reference import MEAN_VAR
@@ -145,7 +146,7 @@ def group_norm(
     check_eps(eps)
     code = activation_code(activation)
     valid = _channels.read_mask(mask, lengths, input)
-    if torch.compiler.is_exporting() and valid is None and generator is None:
+    if exporting() and valid is None and generator is None:
         check_probability("dropout_p", dropout_p)
         return _export.channels(
             input, num_groups, weight, bias, residual, eps, code, dropout_p if training else 0.0

@@ -21,6 +21,7 @@ from fastnorm._checks import (
     check_parameter,
     check_probability,
     check_residual,
+    exporting,
 )
 from fastnorm._ops import NormCall
 from fastnorm._reference import MEAN_VAR
@@ -168,7 +169,7 @@ def instance_norm(
     if use_input_stats and running_mean is not None:
         _running.check_updatable(running_mean, input)
     if (
-        torch.compiler.is_exporting()
+        exporting()
         and _export.is_updatable(input, running_mean, use_input_stats)
         and valid is None
         and generator is None
