@@ -649,10 +649,20 @@ def backend() -> str:
 
     Until `use_backend` is called it is the variable ``FASTNORM_BACKEND``, or ``"auto"``.
     """
+    _settle_backend()
+    assert _backend is not None
+    return _backend
+
+
+def _settle_backend() -> None:
     global _backend
     if _backend is None:
         _backend = _check_backend(os.environ.get("FASTNORM_BACKEND") or "auto", "FASTNORM_BACKEND")
-    return _backend
+
+
+# Dynamo runs it while it traces, and then meets a backend that stays: its guard would otherwise be
+# None, which every later call fails. (What torch.compiler.assume_constant_result sets.)
+_settle_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _set_backend(value: str | None) -> None:

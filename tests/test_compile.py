@@ -243,6 +243,14 @@ def test_first_call_of_a_process_is_compiled(monkeypatch):
     torch.testing.assert_close(compiled(x), expected)
 
 
+def test_first_call_of_a_process_is_compiled_once(monkeypatch):
+    monkeypatch.setattr(_build, "_backend", None)
+    compiled, counter = compile_counted(lambda x: fastnorm.layer_norm(x, (C,), W))
+    for _ in range(2):
+        compiled(random_tensor(5, C))
+    assert counter.frame_count == 1
+
+
 def test_generator():
     """Dynamo cannot put a Generator into a graph: one error, or one graph break, says so."""
     _build.use_backend("auto")
