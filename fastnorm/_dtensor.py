@@ -91,7 +91,7 @@ def _contiguous(shape: torch.Size) -> tuple[int, ...]:
 def _index(mesh: Any, placements: Any, shared: int) -> int:
     """The number of this process's part among those that draw independently."""
     index = 0
-    for at, size, placement in zip(mesh.get_coordinate(), mesh.shape, placements, strict=True):
+    for dim, (at, placement) in enumerate(zip(mesh.get_coordinate(), placements, strict=True)):
         if placement.is_shard() and not shared >> placement.dim & 1:
-            index = index * size + at
+            index = index * mesh.size(dim) + at
     return index

@@ -205,7 +205,73 @@ def test_meta_tensors_have_shapes(name, kernels):
     assert y.device.type == "meta" and y.shape == x.shape
 
 
-def test_skip_init():
-    for cls, args in ((fastnorm.LayerNorm, (8,)), (fastnorm.BatchNorm2d, (8,))):
-        module = nn.utils.skip_init(cls, *args)
-        assert type(module) is cls and all(p.device.type == "cpu" for p in module.parameters())
+@modules
+@pytest.mark.parametrize("cast", ["double", "bfloat16", "half"])
+def test_a_converted_module_computes_in_its_dtype(name, cast, kernels):
+    module, x = build(name)
+    converted = getattr(copy.deepcopy(module), cast)()
+    y, *gradients = step(converted, getattr(x, cast)())
+    expected, *_ = step(module, x)
+    dtype = getattr(x, cast)().dtype
+    assert {p.dtype for p in converted.parameters()} <= {dtype}
+    assert {t.dtype for t in (y, *gradients[: 1 + len(list(module.parameters()))])} == {dtype}
+    # Running statistics don't fit into 16 bits.
+    kept = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {b.dtype for b in converted.buffers() if b.is_floating_point()} <= {kept}
+    torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.05)
+    back = converted.to(torch.float32)
+    assert {t.dtype for t in back.state_dict().values() if t.is_floating_point()} <= {torch.float32}
+    assert back.state_dict().keys() == module.state_dict().keys()
+
+
+@modules
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing_in_the_definition(name, dtype):
+    """Which is what runs on CUDA without kernels, and compiled there."""
+    fastnorm.use_backend("reference")
+    module, x = build(name)
+
+    def under_autocast(m: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return m(x)
+
+    x = x.to(dtype)
+    for plain, cast in zip(step(module, x), step(module, x, under_autocast), strict=True):
+        assert cast.dtype == plain.dtype and torch.equal(cast, plain)
+
+
+def test_no_operator_has_a_rule_for_autocast(kernels):
+    """Kernels get every dtype as it comes, on a GPU too."""
+    for name in ("norm_fwd", "add_norm_fwd", "dropout_fwd", "cross_entropy"):
+        for key in ("AutocastCPU", "AutocastCUDA"):
+            assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnorm::{name}", key)
+
+
+@pytest.mark.parametrize(
+    ("cls", "args"),
+    [
+        (fastnorm.LayerNorm, (8,)),
+        (fastnorm.RMSNorm, (8,)),
+        (fastnorm.AddLayerNorm, (8,)),
+        (fastnorm.AddRMSNorm, (8,)),
+        (fastnorm.GroupNorm, (2, 8)),
+        (fastnorm.BatchNorm1d, (8,)),
+        (fastnorm.BatchNorm2d, (8,)),
+        (fastnorm.BatchNorm3d, (8,)),
+        (fastnorm.SyncBatchNorm, (8,)),
+        (fastnorm.InstanceNorm1d, (8, 1e-5, 0.1, True, True)),
+        (fastnorm.InstanceNorm2d, (8, 1e-5, 0.1, True, True)),
+        (fastnorm.InstanceNorm3d, (8, 1e-5, 0.1, True, True)),
+    ],
+)
+def test_skip_init(cls, args):
+    module = nn.utils.skip_init(cls, *args)
+    like = cls(*args)
+    assert type(module) is cls
+    for key, value in like.state_dict().items():
+        skipped = module.state_dict()[key]
+        assert skipped.device.type == "cpu" and skipped.shape == value.shape
+        assert skipped.dtype == value.dtype
+    module.reset_parameters()
+    for key, value in like.state_dict().items():
+        assert torch.equal(module.state_dict()[key], value), key
