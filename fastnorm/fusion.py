@@ -167,8 +167,11 @@ def _kind(value: object) -> object:
     return Tensor if isinstance(value, Tensor) else type(value)
 
 
-def _traced(owner: nn.Module, call: _Call, training: bool) -> fx.Graph:
-    """The owner's forward, called as in the example, with one placeholder for each non-constant."""
+def _traced(owner: nn.Module, call: _Call, training: bool | None) -> fx.Graph:
+    """The owner's forward, called as in the example, with one placeholder for each non-constant.
+
+    With `training` None the flag is read where the forward reads it, as by F.dropout's argument.
+    """
     names, passed = [], []
     values = [(None, a) for a in call.args] + list(call.kwargs.items())
     for i, (keyword, value) in enumerate(values):
@@ -182,16 +185,24 @@ def _traced(owner: nn.Module, call: _Call, training: bool) -> fx.Graph:
     source = f"def forward({', '.join(['self', *names])}):\n"
     exec(f"{source}    return base.forward({', '.join(['self', *passed])})\n", known)
     cls = type(owner)
-    shadow_class: Any = type(cls.__name__, (cls,), {"forward": known["forward"]})
+    tracer = _Tracer()
+    members = {"forward": known["forward"]}
+    if training is None:
+        members["training"] = property(
+            lambda _: tracer.create_proxy("get_attr", "training", (), {})
+        )
+    shadow_class: Any = type(cls.__name__, (cls,), members)
     shadow = shadow_class.__new__(shadow_class)
     held = {**vars(owner), "training": training}
     vars(shadow).update(held)
-    random_state = random.getstate(), torch.get_rng_state()
     with torch.random.fork_rng(devices=[]):
-        graph = _Tracer().trace(shadow)
-        drawn = not torch.equal(torch.get_rng_state(), random_state[1])
-    if drawn or random.getstate() != random_state[0]:
-        random.setstate(random_state[0])
+        before = random.getstate(), torch.get_rng_state()
+        try:
+            graph = tracer.trace(shadow)
+        finally:
+            after = random.getstate(), torch.get_rng_state()
+            random.setstate(before[0])
+    if after[0] != before[0] or not torch.equal(after[1], before[1]):
         raise _NotFusable("the forward that calls it draws random numbers of its own")
     if vars(shadow).keys() != held.keys() or any(vars(shadow)[k] is not held[k] for k in held):
         raise _NotFusable("the forward that calls it writes to its module")
@@ -199,6 +210,8 @@ def _traced(owner: nn.Module, call: _Call, training: bool) -> fx.Graph:
 
 
 def _trace(owner: nn.Module, call: _Call) -> fx.Graph:
+    with contextlib.suppress(Exception):  # it decides by the flag
+        return _traced(owner, call, None)
     try:
         graphs = [_traced(owner, call, training) for training in (False, True)]
     except _NotFusable:

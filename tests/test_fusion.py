@@ -200,6 +200,20 @@ def test_what_is_folded(name):
     assert [c.after for c in report.fused] == [f"fastnorm.LayerNorm + {expected}"], report
 
 
+def test_a_functional_dropout_reads_the_training_flag():
+    """As the blocks of `transformers` have it. Its masks are torch's, so it stays an operation."""
+    model = Around(lambda m, x: m.norm(x + F.dropout(x.exp(), 0.5, training=m.training)))
+    before, x = copy.deepcopy(model), random_tensor(3, 6)
+    report = fastnorm.fuse(model, x)
+    assert [c.after for c in report.fused] == ["add + fastnorm.LayerNorm"], report
+    for training in (True, False):
+        results = []
+        for m in (before, model):
+            torch.manual_seed(0)
+            results.append(m.train(training)(x))
+        torch.testing.assert_close(*results)
+
+
 def in_place_on_the_sum(m, x):
     x = x * 2
     x += m.norm(x)

@@ -40,10 +40,7 @@ def test_module_is_torchs_with_more():
     assert isinstance(ours, torch.nn.LayerNorm)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     theirs.load_state_dict(ours.state_dict(), strict=True)
-    assert repr(ours) == (
-        "LayerNorm((4, 6), eps=0.001, elementwise_affine=True, bias=False, activation='gelu', "
-        "dropout_p=0.25)"
-    )
+    assert repr(ours) == repr(theirs)[:-1] + ", activation='gelu', dropout_p=0.25)"
     ours.eval()
     x = random_tensor(3, 4, 6)
     torch.testing.assert_close(ours(x), F.gelu(theirs(x)))
