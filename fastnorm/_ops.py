@@ -175,14 +175,16 @@ def distinct(*tensors: Any) -> list[Any]:
     return out
 
 
-def describe(name: str, x: Tensor, view: Sequence[int]) -> str:
-    """The kernel that a norm runs, for `explain`."""
+def describe(name: str, x: Tensor, view: Sequence[int] | None = None) -> str:
+    """The kernel that runs, for `explain`; `view` is a norm's."""
     assert _build.module is not None
-    if x.is_cuda:
-        form = "row" if view[1] == 1 and view[5] == 1 else "column"
+    if view is None:
+        form = ""
+    elif x.is_cuda:
+        form = "row, " if view[1] == 1 and view[5] == 1 else "column, "
     else:
-        form = _build.module.form(view, x.element_size())
-    return f"{name} on {x.device}: {form}, {str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+        form = _build.module.form(view, x.element_size()) + ", "
+    return f"{name} on {x.device}: {form}{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
 
 
 def contiguous(argument: str, t: Tensor) -> Tensor:

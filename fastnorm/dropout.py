@@ -363,7 +363,7 @@ def _dispatch(
     activation: int,
 ) -> Tensor:
     if x.numel() and _use_kernel(x, bias, residual):
-        x = x if is_dense(x) else x.contiguous()
+        x = x if is_dense(x) else _ops.contiguous("input", x)
         view = mask_view(x, shared)
         if view is not None:
             if residual is not None:
@@ -379,6 +379,7 @@ def _dispatch(
                     x, bias, residual, seed, view, activation, p, kind, shared
                 )
             assert _build.module is not None
+            _ops.note(lambda: _ops.describe("dropout", x))
             return _build.module.prepared_dropout(
                 x, bias, residual, seed, view, activation, p, kind
             )

@@ -208,8 +208,8 @@ def cross_entropy(
             _check_ids(target, num_classes, target != ignore_index)
         rows = input if input.dim() == 2 else input.movedim(dim, -1).reshape(-1, num_classes)
         call = (
-            rows.contiguous(),
-            target.reshape(-1).contiguous(),
+            _ops.contiguous("input", rows),
+            _ops.contiguous("target", target.reshape(-1)),
             weight,
             prior,
             label_smoothing,
@@ -219,6 +219,7 @@ def cross_entropy(
         )
         if not torch.compiler.is_compiling():
             assert _build.module is not None
+            _ops.note(lambda: _ops.describe("cross_entropy", rows))
             loss = _build.module.prepared_cross_entropy(*call)
         elif rows.requires_grad and torch.is_grad_enabled():
             loss = CrossEntropyFunction.apply(*call)
@@ -232,7 +233,9 @@ def cross_entropy(
         loss = cross_entropy_reference(
             input, target, weight, label_smoothing, prior, keep, reduction, torch_mean
         )
-    return loss if torch.is_autocast_enabled(input.device.type) else loss.to(input.dtype)
+    device = input.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return loss if autocast else loss.to(input.dtype)
 
 
 def cross_entropy_reference(

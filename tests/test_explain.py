@@ -45,6 +45,15 @@ def test_a_module_and_nothing():
     assert fastnorm.explain(lambda: None).implementation == "none"
 
 
+def test_dropout_and_cross_entropy():
+    x = torch.randn(4, 6).t()
+    got = fastnorm.explain(fastnorm.dropout2d, torch.randn(2, 4, 3, 3), 0.5)
+    assert str(got) == "kernel\n  dropout on cpu: float32 [2, 4, 3, 3]"
+    got = fastnorm.explain(fastnorm.cross_entropy, x, torch.arange(6) % 4)
+    assert got.steps[0].startswith("input: copied")
+    assert got.steps[1:] == ["cross_entropy on cpu: float32 [6, 4]"]
+
+
 def test_the_fast_entry_is_back_afterwards():
     with pytest.raises(RuntimeError, match="normalized_shape"):
         fastnorm.explain(fastnorm.layer_norm, torch.randn(2, 4), (3,))

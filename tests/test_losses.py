@@ -365,6 +365,12 @@ def test_function_transforms():
     assert tangent.abs() < 1e-12
 
 
+def test_meta():
+    x = torch.randn(3, 5, device="meta", requires_grad=True)
+    loss = cross_entropy(x, torch.zeros(3, dtype=torch.long, device="meta"))
+    assert loss.shape == () and torch.autograd.grad(loss, x)[0].shape == (3, 5)
+
+
 def test_autocast_computes_in_float32():
     input, target = make((6, 5), "ids", torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
