@@ -67,6 +67,8 @@ def frozen_statistics(
     saved = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (input, *others)
     )
+    # torch.jit.trace runs again without gradients, and must find the same graph.
+    saved = saved or torch.jit.is_tracing()
     return (
         mean.detach().to(dtype, copy=saved).contiguous(),
         var.detach().to(dtype, copy=saved).contiguous(),

@@ -199,6 +199,14 @@ def test_a_gradient_scaler_skips_and_recovers(kernels):
 
 
 @modules
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_jit_trace(name, kernels):
+    module, x = build(name)
+    module.eval()
+    torch.testing.assert_close(torch.jit.trace(module, x)(x), module(x))
+
+
+@modules
 def test_meta_tensors_have_shapes(name, kernels):
     module, x = build(name)
     y = module.to("meta")(x.detach().to("meta"))
