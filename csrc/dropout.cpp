@@ -217,8 +217,8 @@ variable_list reference_vjp(const at::Tensor& grad, const at::Tensor& x, const a
     return t.defined() ? py::cast(t) : py::none();
   };
   const py::object result =
-      py::module_::import("fastnorm.dropout")
-          .attr("_reference_vjp")(grad, x, object(bias), object(seed), call.activation, call.p);
+      py::module_::import("fastnorm._dropout")
+          .attr("reference_vjp")(grad, x, object(bias), object(seed), call.activation, call.p);
   variable_list out;
   for (const py::handle item : result) {
     out.push_back(item.is_none() ? at::Tensor() : py::cast<at::Tensor>(item));

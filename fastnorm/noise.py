@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnorm._checks import check_input, check_probability
-from fastnorm.dropout import check_generator
+from fastnorm._dropout import check_generator
 
 __all__ = ["DropBlock2d", "DropBlock3d", "GaussianDropout", "GaussianNoise"]
 

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 from simt import driver, norms  # noqa: E402
 
 from fastnorm import _philox  # noqa: E402
-from fastnorm.dropout import ALPHA, MASK_ONLY, SCALED, coefficients  # noqa: E402
+from fastnorm._dropout import ALPHA, MASK_ONLY, SCALED, coefficients  # noqa: E402
 from fastnorm.epilogue import ACTIVATIONS  # noqa: E402
 
 pytestmark = [

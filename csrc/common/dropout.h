@@ -20,7 +20,7 @@ struct MaskView {
   FASTNORM_HD int64_t numel() const { return outer * shared * inner; }
 };
 
-// The numbers are those of fastnorm/dropout.py.
+// The numbers are those of fastnorm/_dropout.py.
 enum class DropoutKind : int {
   Scaled = 0,    // kept elements are divided by the keep probability
   MaskOnly = 1,  // kept elements stay as they are
