@@ -122,8 +122,11 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             for name in ("plain", "regularized")
         }
 
-    table = Table(title=f"{len(data.train[0])} training digits, {len(data.test[0])} test digits")
-    columns = ("net", "epochs", "stopped by", "weights of", "train loss", "test loss", "accuracy")
+    table = Table(
+        title=f"{len(data.train[0])} training digits, {len(data.test[0])} test digits",
+        caption="train, test: cross-entropy",
+    )
+    columns = ("net", "epochs", "stopped by", "weights", "train", "test", "accuracy")
     for column in columns:
         table.add_column(column, justify="left" if column == "net" else "right")
     accuracies = {}

@@ -156,7 +156,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         }
 
     table = Table(title=f"{len(train_part[0])} digits, row by row")
-    columns = ("layer norm", "learning rate", "epochs", "best", "s/epoch", "validation", "test")
+    columns = ("layer norm", "rate", "epochs", "best", "s/epoch", "validation", "test")
     for column in columns:
         table.add_column(column, justify="left" if column == "layer norm" else "right")
     accuracies = {}

@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def sparse_regression(zeros: dict[str, int]) -> None:
-    assert zeros["lasso, L1 proximal"] > zeros["elastic net, proximal"] > 10
+    assert zeros["lasso, proximal"] > zeros["elastic net, proximal"] > 10
     assert not any(count for name, count in zeros.items() if "proximal" not in name)
 
 
