@@ -102,15 +102,11 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     scaler.fit(x[train_rows])
     x = scaler(x)
 
-    table = Table(title=f"{args.depth} layers on {len(train_rows)} digits, {epochs} epochs")
-    for column in (
-        "init",
-        "std, layer 1",
-        "std, last",
-        "gradient, layer 1",
-        "loss",
-        "test accuracy",
-    ):
+    table = Table(
+        title=f"{args.depth} layers on {len(train_rows)} digits, {epochs} epochs",
+        caption="std of the first and the last layer's output, gradient of the first layer",
+    )
+    for column in ("init", "std, first", "std, last", "gradient", "loss", "accuracy"):
         table.add_column(column, justify="left" if column == "init" else "right")
     signals, curves, accuracies = {}, {}, {}
     console = Console()

@@ -10,6 +10,10 @@ from torch import Tensor
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+class ClassIdError(IndexError, ValueError):
+    """A class id out of range; torch raises `IndexError` for it."""
+
+
 class DtypeError(TypeError, NotImplementedError):
     """A dtype that no kernel and no reference takes; torch raises `NotImplementedError` for it."""
 
@@ -56,6 +60,21 @@ def check_residual(residual: object, input: Tensor) -> None:
             f"residual: expected the input's dtype {name(input.dtype)}, got {name(residual.dtype)}"
         )
     check_device("residual", residual, input)
+
+
+def check_generator(generator: object, input: Tensor) -> None:
+    """`generator` is None or draws on the input's device."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator: expected a torch.Generator or None, got {type(generator).__name__}"
+        )
+    if generator.device.type != input.device.type:
+        raise RuntimeError(
+            f"generator: expected one of the input's device {input.device}, got one of "
+            f"{generator.device}"
+        )
 
 
 def check_device(argument: str, value: Tensor, input: Tensor) -> None:

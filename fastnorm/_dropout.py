@@ -17,7 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnorm import _build, _dtensor, _ops, _philox, _reference
-from fastnorm._checks import check_device, check_input, check_probability, exporting
+from fastnorm._checks import (
+    check_device,
+    check_generator,
+    check_input,
+    check_probability,
+    exporting,
+)
 from fastnorm._reference import accumulate_dtype
 from fastnorm.epilogue import FUNCTIONS, activation_code
 
@@ -201,21 +207,6 @@ class DropoutFunction(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------
 # Checks and choice
 # ---------------------------------------------------------------------------------------------
-
-
-def check_generator(generator: object, input: Tensor) -> None:
-    """`generator` is None or draws on the input's device."""
-    if generator is None:
-        return
-    if not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"generator: expected a torch.Generator or None, got {type(generator).__name__}"
-        )
-    if generator.device.type != input.device.type:
-        raise RuntimeError(
-            f"generator: expected one of the input's device {input.device}, got one of "
-            f"{generator.device}"
-        )
 
 
 def check_inplace(input: Tensor) -> None:

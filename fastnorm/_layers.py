@@ -12,6 +12,7 @@ from torch import Tensor
 from fastnorm import _dtensor, _export, _ops, _philox, _reference
 from fastnorm._checks import (
     check_eps,
+    check_generator,
     check_input,
     check_parameter,
     check_probability,
@@ -111,6 +112,7 @@ def draw(
 ) -> Tensor | None:
     """A seed where something is to be dropped; None, and nothing drawn, otherwise."""
     check_probability("dropout_p", p)
+    check_generator(generator, input)
     return _philox.draw_seed(input, generator) if training and p > 0 else None
 
 

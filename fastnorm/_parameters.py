@@ -8,7 +8,7 @@ answered here, once, by module type.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from numbers import Real
@@ -183,12 +183,14 @@ def assign(
     entries: list[Parameter],
     rules: Mapping[RuleKey, T],
     left_out: Callable[[Parameter], str],
+    no_decay: Collection[RuleKey] = (),
 ) -> Iterator[tuple[Parameter, RuleKey | None, str]]:
     """Give each parameter at most one rule: yields ``(parameter, key or None, reason)``.
 
     ``left_out(parameter)`` is the reason the flags leave it out, or "". A pattern or type passes
     over parameters that are left out unless it matches nothing else (``"head.*"`` takes the head's
-    weight, ``"*.bias"`` takes biases); an exact name or a parameter always applies.
+    weight, ``"*.bias"`` takes biases); an exact name or a parameter always applies. Keys that the
+    caller was given as `no_decay` are called so in errors.
 
     Raises:
         TypeError: a key is neither pattern, module type nor parameter.
@@ -199,7 +201,8 @@ def assign(
         matches = _matcher(key)
         matched = [entry for entry in entries if matches(entry)]
         if not matched:
-            raise ValueError(f"rules: {key_text(key)} matches no parameter of the model")
+            argument = "no_decay" if key in no_decay else "rules"
+            raise ValueError(f"{argument}: {key_text(key)} matches no parameter of the model")
         named = isinstance(key, torch.Tensor) or any(key in entry.names for entry in matched)
         kept = [entry for entry in matched if not left_out(entry)]
         for entry in matched if named or not kept else kept:

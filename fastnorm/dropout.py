@@ -22,14 +22,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
 
 from fastnorm import _build, _philox
-from fastnorm._checks import check_input, check_probability
+from fastnorm._checks import check_generator, check_input, check_probability
 from fastnorm._dropout import (
     ALPHA,
     MASK_ONLY,
     SCALED,
-    check_generator,
     feature_bits,
     general,
     shared_dropout,
@@ -491,7 +491,7 @@ class Dropout(torch.nn.Dropout):
         return text
 
 
-class _Drops:
+class _Drops(_DropoutNd):
     """Constructor and forward of torch.nn's dropout modules, with a generator and a check of p."""
 
     ranks: tuple[int, ...] | None = None  # None: any
@@ -502,7 +502,7 @@ class _Drops:
         self, p: float = 0.5, inplace: bool = False, *, generator: torch.Generator | None = None
     ) -> None:
         check_probability("p", p)
-        super().__init__(p, inplace)  # type: ignore[call-arg]
+        super().__init__(p, inplace)
         self.generator = generator
 
     def forward(self, input: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnorm import _build, _ops
+from fastnorm._checks import ClassIdError
 
 __all__ = ["LabelSmoothingCrossEntropy", "cross_entropy", "smooth_labels"]
 
@@ -58,7 +59,8 @@ def smooth_labels(
         dtype.
 
     Raises:
-        ValueError: `smoothing`, `num_classes` or a shape out of range. IndexError: a class id is.
+        ValueError: `smoothing`, `num_classes` or a shape out of range. IndexError: a class id is;
+            it is a ValueError too.
 
     Example::
 
@@ -146,7 +148,7 @@ def cross_entropy(
 
     Raises:
         ValueError, RuntimeError: shapes, `reduction`, `label_smoothing` or dtypes that do not fit.
-        IndexError: a class id out of range.
+        IndexError: a class id out of range. It is torch's class, and a ValueError too.
 
     Example::
 
@@ -444,7 +446,7 @@ def _check_ids(target: Tensor, num_classes: int, keep: Tensor | None) -> None:
     if keep is not None:
         wrong &= keep
     if wrong.any():
-        raise IndexError(
+        raise ClassIdError(
             f"Target {target[wrong][0].item()} is out of bounds: expected 0 to {num_classes - 1}"
         )
 

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnorm._checks import check_input, check_probability
-from fastnorm._dropout import check_generator
+from fastnorm._checks import check_generator, check_input, check_probability
 
 __all__ = ["DropBlock2d", "DropBlock3d", "GaussianDropout", "GaussianNoise"]
 

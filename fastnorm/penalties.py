@@ -748,6 +748,7 @@ def param_groups_weight_decay(
     default = nonnegative("weight_decay", weight_decay)
     if isinstance(no_decay, str):
         raise TypeError(f"no_decay: expected a sequence of patterns, got the string {no_decay!r}")
+    no_decay = tuple(no_decay)
     decays: dict[RuleKey, float] = {}
     for key, decay in (rules or {}).items():
         decays[key] = 0.0 if decay is None else nonnegative(f"rules: {key_text(key)}", decay)
@@ -760,7 +761,8 @@ def param_groups_weight_decay(
         for decay in dict.fromkeys([default, *(d for d in decays.values() if d), 0.0])
     }
     entries = parameters(model, norm_types)
-    for entry, key_of, reason in assign(entries, decays, left_out_by(bias, norm, embedding)):
+    left_out = left_out_by(bias, norm, embedding)
+    for entry, key_of, reason in assign(entries, decays, left_out, no_decay):
         decay = decays[key_of] if key_of is not None else default if reason == "default" else 0.0
         groups[decay]["params"].append(entry.tensor)
         groups[decay]["param_names"].append(entry.name)

@@ -817,6 +817,7 @@ def test_drop_path_rates():
 def test_errors_draw_nothing(backend):
     x = torch.randn(4, 6)
     state = torch.get_rng_state()
+    running = torch.zeros(6), torch.ones(6)
     bad = [
         (ValueError, "p: ", lambda: fastnorm.dropout(x, -0.1)),
         (ValueError, "p: ", lambda: fastnorm.dropout(x, 1.5)),
@@ -829,6 +830,12 @@ def test_errors_draw_nothing(backend):
         (RuntimeError, "residual: ", lambda: fastnorm.dropout(x, residual=torch.ones(6))),
         (TypeError, "residual: ", lambda: fastnorm.dropout(x, residual=1.0)),
         (TypeError, "generator: ", lambda: fastnorm.dropout(x, generator=3)),
+        (TypeError, "generator: ", lambda: fastnorm.rms_norm(x, (6,), dropout_p=0.5, generator=3)),
+        (
+            TypeError,
+            "generator: ",
+            lambda: fastnorm.batch_norm(x, *running, training=True, dropout_p=0.5, generator=3),
+        ),
         (RuntimeError, "input: ", lambda: fastnorm.dropout1d(x[0])),
         (RuntimeError, "input: ", lambda: fastnorm.feature_alpha_dropout(x[0], training=True)),
         (ValueError, "mode: ", lambda: fastnorm.stochastic_depth(x, 0.5, "column")),
@@ -844,6 +851,7 @@ def test_errors_draw_nothing(backend):
         with pytest.raises(error, match=match):
             call()
     assert torch.equal(torch.get_rng_state(), state)
+    assert not running[0].any() and (running[1] == 1).all()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -857,6 +865,8 @@ def test_meta_generator_device():
     x = torch.ones(4, device="meta")
     with pytest.raises(RuntimeError, match="generator: "):
         fastnorm.dropout(x, generator=torch.Generator())
+    with pytest.raises(RuntimeError, match="generator: "):
+        fastnorm.layer_norm(x, (4,), dropout_p=0.5, generator=torch.Generator())
 
 
 def test_rank_warnings_are_torchs():

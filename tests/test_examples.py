@@ -92,7 +92,11 @@ CASES: list[tuple[str, Callable[[Any], None]]] = [
 
 @pytest.mark.parametrize(("name", "expect"), CASES, ids=[name for name, _ in CASES])
 def test_O3_P2_example(
-    name: str, expect: Callable[[Any], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    expect: Callable[[Any], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None and spec.loader is not None
@@ -102,3 +106,4 @@ def test_O3_P2_example(
     picture = tmp_path / f"{name}.png"
     expect(module.main(["--quick", "--output", str(picture)]))
     assert picture.stat().st_size > 10_000
+    assert "…" not in capsys.readouterr().out  # every table fits 80 columns

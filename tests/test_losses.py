@@ -422,7 +422,7 @@ def test_bad_arguments_elsewhere():
         LabelSmoothingCrossEntropy(reduction="average")
     with pytest.raises(ValueError, match="num_classes must be at least 2, got 1"):
         smooth_labels(torch.tensor([0]), 1, others_only=True)
-    with pytest.raises(IndexError, match="Target 3"):
+    with pytest.raises(ValueError, match="Target 3"):
         smooth_labels(torch.tensor([3]), 3)
     with pytest.raises(ValueError, match="4 classes in dim 1"):
         smooth_labels(torch.zeros(2, 3), 4)

@@ -701,7 +701,7 @@ def test_T8_groups_by_module_type() -> None:
     for bad, error in (
         ({"weight_decay": -1.0}, "weight_decay"),
         ({"rules": {"0.*": math.nan}}, "'0.\\*'"),
-        ({"no_decay": ("none*",)}, "'none\\*'"),
+        ({"no_decay": ("none*",)}, "no_decay: 'none\\*'"),
         ({"no_decay": ("0.*",), "rules": {nn.Linear: 0.3}}, "two rules"),
         ({"no_decay": ("0.*",), "rules": {"0.*": 0.3}}, "in rules too"),
     ):
