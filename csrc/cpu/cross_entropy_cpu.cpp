@@ -110,7 +110,7 @@ class Rows {
       const A base = std::isfinite(max_) ? max_ : A(0);
       Vec total(A(0));
       for (int64_t i = 0; i < n; i += Vec::size()) {
-        const Vec e = (Vec::loadu(chunk + i) - Vec(base)).exp();
+        const Vec e = fast_exp(Vec::loadu(chunk + i) - Vec(base));
         total = total + e;
         if (exps_ != nullptr) e.store(exps_.get() + first + i);
       }
