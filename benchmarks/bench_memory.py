@@ -1,4 +1,5 @@
-"""Peak memory of a training step through ``y, s = norm(residual + dropout(x))``.
+"""Peak memory of a training step through ``y, s = norm(residual + dropout(x))``, alone and stacked:
+each block's ``y, s`` is the next one's ``x, residual``.
 
 On the CPU the peak is the kernel's own high-water mark of resident memory, with every tensor in
 pages of its own (``harness.script`` sees to that); on CUDA it is the allocator's.
@@ -6,6 +7,8 @@ pages of its own (``harness.script`` sees to that); on CUDA it is the allocator'
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import torch
 
 from benchmarks.harness import script_of
 from fastnorm._bench import OPS, Cell, contender_call, make_inputs
+from fastnorm._bench_ops import Inputs, Outputs
 
 CELLS: list[Cell] = []
 QUICK = CUDA = CUDA_QUICK = CELLS
@@ -42,12 +46,24 @@ def peak(call: Any, device: str) -> int:
     return _resident("VmHWM") - before
 
 
+def stacked(function: Callable[[Inputs], Outputs], blocks: int) -> Callable[[Inputs], Outputs]:
+    def call(t: Inputs) -> Outputs:
+        for _ in range(blocks - 1):
+            x, residual = function(t)
+            t = dataclasses.replace(t, x=x, residual=residual)
+            del x, residual
+        return function(t)
+
+    return call
+
+
 def measurements(device: str, quick: bool) -> list[dict[str, Any]]:
     """Peak bytes by torch and by fastnorm, per op and dtype; nothing where Linux doesn't tell."""
     if device == "cpu" and not Path("/proc/self/clear_refs").exists():
         return []
     found = []
-    for name in ("add_layer_norm", "dropout_add_layer_norm"):
+    add, drop = "add_layer_norm", "dropout_add_layer_norm"
+    for name, blocks in ((add, 1), (drop, 1), (drop, 4)):
         for dtype in ("fp32", "bf16"):
             cell = Cell(name, SHAPE, dtype)
             inputs = make_inputs(cell, device)
@@ -55,13 +71,14 @@ def measurements(device: str, quick: bool) -> list[dict[str, Any]]:
             gradients = [torch.ones_like(output) for output in outputs]
             del outputs
             record: dict[str, Any] = {
-                "name": f"peak memory of a step, {name} {dtype} {SHAPE[0]}x{SHAPE[1]}",
+                "name": f"peak memory of a step, {name} {dtype} {SHAPE[0]}x{SHAPE[1]}"
+                + (f", {blocks} blocks" if blocks > 1 else ""),
                 "unit": "B",
                 "activation_bytes": cell.input_bytes,
             }
             try:
                 for library in ("torch", "fastnorm"):
-                    function = getattr(OPS[name], library)
+                    function = stacked(getattr(OPS[name], library), blocks)
                     call = contender_call(cell, inputs, function, gradients)
                     record[library] = peak(call, device)
             except (AttributeError, NotImplementedError, TypeError):
