@@ -33,27 +33,53 @@ inline void add_chunk(const T* in, acc_t<T>* values, int64_t n) {
   });
 }
 
-// values = activation(values)
-template <typename A>
-inline void activate_chunk(Activation activation, A* values, int64_t n) {
-  if (activation == Activation::None) return;
+// y = activation(values); they may be the same. The last elements are worked out in a Wide of
+// their own: one scalar exp costs more than a vector of them.
+template <typename A, typename O>
+inline void activate_chunk(Activation activation, const A* values, O* y, int64_t n) {
+  constexpr int64_t kSize = Wide<A>::kSize;
+  A in[kSize] = {};
+  O out[kSize];
+  const int64_t rest = n % kSize, whole = n - rest;
+  std::copy_n(values + whole, rest, in);
   visit_activation(activation, [&](auto f) {
-    using F = decltype(f);
-    for_each_wide<A>(
-        n, [&](auto tag, int64_t i) { store(tag, values + i, F::forward(load(tag, values + i))); });
+    for (int64_t i = 0; i < n; i += kSize) {
+      const Activated<O> v = load(WideTag{}, i < whole ? values + i : in);
+      store<O>(WideTag{}, i < whole ? y + i : out, decltype(f)::forward(v));
+    }
   });
+  std::copy_n(out, rest, y + whole);
 }
 
-// grad *= activation'(pre)
+template <typename A>
+inline void activate_chunk(Activation activation, A* values, int64_t n) {
+  if (activation != Activation::None) activate_chunk(activation, values, values, n);
+}
+
+// grad = dy * activation'(pre); dy and grad may be the same.
+template <typename A, typename G>
+inline void activate_chunk_backward(Activation activation, const A* pre, const G* dy, A* grad,
+                                    int64_t n) {
+  constexpr int64_t kSize = Wide<A>::kSize;
+  A in[kSize] = {}, out[kSize];
+  G factor[kSize] = {};
+  const int64_t rest = n % kSize, whole = n - rest;
+  std::copy_n(pre + whole, rest, in);
+  std::copy_n(dy + whole, rest, factor);
+  visit_activation(activation, [&](auto f) {
+    for (int64_t i = 0; i < n; i += kSize) {
+      const Activated<G> v = load(WideTag{}, i < whole ? pre + i : in);
+      const Wide<A> derivative = decltype(f)::derivative(v);
+      store(WideTag{}, i < whole ? grad + i : out,
+            load(WideTag{}, i < whole ? dy + i : factor) * derivative);
+    }
+  });
+  std::copy_n(out, rest, grad + whole);
+}
+
 template <typename A>
 inline void activate_chunk_backward(Activation activation, const A* pre, A* grad, int64_t n) {
-  if (activation == Activation::None) return;
-  visit_activation(activation, [&](auto f) {
-    using F = decltype(f);
-    for_each_wide<A>(n, [&](auto tag, int64_t i) {
-      store(tag, grad + i, load(tag, grad + i) * F::derivative(load(tag, pre + i)));
-    });
-  });
+  if (activation != Activation::None) activate_chunk_backward(activation, pre, grad, grad, n);
 }
 
 // Calls f(first, count, channel) for the stretches of one channel that columns

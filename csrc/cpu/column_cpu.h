@@ -103,35 +103,22 @@ struct Stretches {
   }
 };
 
-// f(values, n) for whole vectors, then for what is left, copied to a vector of its own: one
-// scalar exp costs more than a vector of them.
-template <typename A, typename F>
-inline void for_whole_vectors(int64_t n, A* first, A* second, F&& f) {
-  constexpr int64_t kSize = Wide<A>::kSize;
-  const int64_t rest = n % kSize, whole = n - rest;
-  if (whole > 0) f(first, second, whole);
-  if (rest == 0) return;
-  A a[kSize] = {}, b[kSize] = {};
-  std::copy_n(first + whole, rest, a);
-  std::copy_n(second + whole, rest, b);
-  f(a, b, kSize);
-  std::copy_n(b, rest, second + whole);
-}
-
 // From the norm in `values` to the output.
 template <typename T>
 inline void finish_forward(const NormConfig& c, const Stretches& at, acc_t<T>* values,
                            const T* residual, T* y) {
-  using A = acc_t<T>;
   if (residual != nullptr) {
     at.for_each([&](int64_t i, int64_t j) { add_chunk(residual + i, values + j, at.length); });
   }
+  const bool dropout = c.dropout.seed != nullptr;
   if (c.activation != Activation::None) {
-    for_whole_vectors(at.size(), values, values,
-                      [&](A*, A* v, int64_t n) { activate_chunk(c.activation, v, n); });
+    if (at.count == 1 && !dropout) {
+      return activate_chunk(c.activation, values, y + at.offset, at.length);
+    }
+    activate_chunk(c.activation, values, values, at.size());
   }
   at.for_each([&](int64_t i, int64_t j) {
-    if (c.dropout.seed != nullptr) apply_dropout(values + j, at.length, i, c.dropout);
+    if (dropout) apply_dropout(values + j, at.length, i, c.dropout);
     store_chunk(values + j, y + i, at.length);
   });
 }
@@ -141,18 +128,19 @@ inline void finish_forward(const NormConfig& c, const Stretches& at, acc_t<T>* v
 template <typename T>
 inline void start_backward(const NormConfig& c, const Stretches& at, const T* dy, const T* residual,
                            acc_t<T>* pre, acc_t<T>* grad, T* dresidual) {
-  using A = acc_t<T>;
-  at.for_each([&](int64_t i, int64_t j) {
-    load_chunk(dy + i, grad + j, at.length);
-    if (c.dropout.seed != nullptr) apply_dropout(grad + j, at.length, i, c.dropout);
-  });
-  if (c.activation != Activation::None) {
-    if (residual != nullptr) {
-      at.for_each([&](int64_t i, int64_t j) { add_chunk(residual + i, pre + j, at.length); });
-    }
-    for_whole_vectors(at.size(), pre, grad, [&](A* p, A* g, int64_t n) {
-      activate_chunk_backward(c.activation, p, g, n);
+  const bool dropout = c.dropout.seed != nullptr, active = c.activation != Activation::None;
+  const bool direct = at.count == 1 && !dropout && active;
+  if (active && residual != nullptr) {
+    at.for_each([&](int64_t i, int64_t j) { add_chunk(residual + i, pre + j, at.length); });
+  }
+  if (direct) {
+    activate_chunk_backward(c.activation, pre, dy + at.offset, grad, at.length);
+  } else {
+    at.for_each([&](int64_t i, int64_t j) {
+      load_chunk(dy + i, grad + j, at.length);
+      if (dropout) apply_dropout(grad + j, at.length, i, c.dropout);
     });
+    if (active) activate_chunk_backward(c.activation, pre, grad, grad, at.size());
   }
   if (dresidual == nullptr) return;
   at.for_each([&](int64_t i, int64_t j) { store_chunk(grad + j, dresidual + i, at.length); });

@@ -192,55 +192,61 @@ inline std::pair<A, A> wide_sum_and_dot(int64_t n, F&& term) {
   return {(s0 + s1).sum() + s, (q0 + q1).sum() + q};
 }
 
-// e^x within 2 ulp, 0 below -87.7 and inf above 88.4: Cephes' expf, inlined. ATen's exp is a call
-// to Sleef, which takes longer than all the rest of an activation. Left to itself the compiler
-// keeps these functions out of line, and passes their vectors through memory.
+// A Wide of which 16 bits will be stored: its exp is within 2^-17 of the value.
+struct Rough : Wide<float> {
+  using Wide<float>::Wide;
+  Rough(Wide<float> v) : Wide<float>(v) {}  // NOLINT: the same numbers
+};
+
+// What an activation is worked out in when its result goes to storage type T.
+template <typename T>
+using Activated = std::conditional_t<sizeof(T) == 2, Rough, Wide<acc_t<T>>>;
+
+// e^x within 2 ulp (kRough: 2^-17), 0 below -87.7 and inf above 88.4: Cephes' expf, inlined. ATen's
+// exp is a call to Sleef, which takes longer than all the rest of an activation. Left to itself
+// the compiler keeps these functions out of line, and passes their vectors through memory.
+template <bool kRough = false>
 C10_ALWAYS_INLINE at::vec::Vectorized<float> fast_exp(at::vec::Vectorized<float> x) {
-#if defined(CPU_CAPABILITY_AVX2)
-  // The constant comes first, because min and max return their second operand for a NaN.
-  const __m256 v = _mm256_max_ps(_mm256_set1_ps(-88.1f), _mm256_min_ps(_mm256_set1_ps(88.7f), x));
-  const __m256 n = _mm256_round_ps(_mm256_mul_ps(v, _mm256_set1_ps(1.44269504088896341f)),
-                                   _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), v);
-  r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
-  __m256 p = _mm256_set1_ps(1.9875691500e-4f);
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.3981999507e-3f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(8.3334519073e-3f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(4.1665795894e-2f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.6666665459e-1f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(5.0000001201e-1f));
-  p = _mm256_fmadd_ps(p, _mm256_mul_ps(r, r), _mm256_add_ps(r, _mm256_set1_ps(1.0f)));
-  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-  return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
-#elif defined(CPU_CAPABILITY_AVX512)
-  const __m512 v = _mm512_max_ps(_mm512_set1_ps(-88.1f), _mm512_min_ps(_mm512_set1_ps(88.7f), x));
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(v, _mm512_set1_ps(1.44269504088896341f)),
-                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), v);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-  p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-  const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
-  return _mm512_mul_ps(p, _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23)));
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+  using at::vec::fmadd;
+  using Vec = at::vec::Vectorized<float>;
+  const Vec one(1.0f);
+  // In units of 1.5 * 2^23 the last bit is worth one, so the sum is rounded to an integer, whose
+  // low bits are the exponent of 2^n. The clamps return a NaN.
+  const Vec magic(12582912.0f + 127.0f);
+  const Vec v = at::vec::clamp_min(at::vec::clamp_max(x, Vec(88.7f)), Vec(-88.1f));
+  const Vec biased = fmadd(v, Vec(1.44269504088896341f), magic), n = biased - magic;
+#if defined(CPU_CAPABILITY_AVX512)
+  const Vec power(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(biased), 23)));
+#else
+  const Vec power(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(biased), 23)));
+#endif
+  if constexpr (kRough) {
+    const Vec r = fmadd(n, Vec(-0.69314718056f), v), r2 = r * r;
+    const Vec p = fmadd(r2, Vec(4.1276970e-2f), fmadd(r, Vec(1.6753688e-1f), Vec(5.0005137e-1f)));
+    return fmadd(p, r2, r + one) * power;
+  }
+  const Vec r = fmadd(n, Vec(2.12194440e-4f), fmadd(n, Vec(-0.693359375f), v)), r2 = r * r;
+  const Vec p0 = fmadd(r, Vec(1.6666665459e-1f), Vec(5.0000001201e-1f));
+  const Vec p2 = fmadd(r, Vec(8.3334519073e-3f), Vec(4.1665795894e-2f));
+  const Vec p4 = fmadd(r, Vec(1.9875691500e-4f), Vec(1.3981999507e-3f));
+  return fmadd(fmadd(fmadd(p4, r2, p2), r2, p0), r2, r + one) * power;
 #else
   return x.exp();
 #endif
 }
+template <bool kRough = false>
 inline at::vec::Vectorized<double> fast_exp(at::vec::Vectorized<double> x) { return x.exp(); }
 
 // Phi(x) and phi(x), with one exp for both. For float the tail q = Phi(-|x|) is formula 7.1.26 of
 // Abramowitz and Stegun, "Handbook of mathematical functions" (absolute error 7.5e-8), which is
 // ATen's erf too.
+template <bool kRough = false>
 C10_ALWAYS_INLINE void normal(at::vec::Vectorized<float> x, at::vec::Vectorized<float>& cdf,
                               at::vec::Vectorized<float>& pdf) {
   using Vec = at::vec::Vectorized<float>;
   const Vec one(1.0f);
-  const Vec e = fast_exp(x * x * Vec(-0.5f));
+  const Vec e = fast_exp<kRough>(x * x * Vec(-0.5f));
   const Vec t = one / at::vec::fmadd(x.abs(), Vec(0.3275911f * 0.70710678f), one);
   Vec poly = at::vec::fmadd(Vec(0.5f * 1.061405429f), t, Vec(-0.5f * 1.453152027f));
   poly = at::vec::fmadd(poly, t, Vec(0.5f * 1.421413741f));
@@ -250,6 +256,7 @@ C10_ALWAYS_INLINE void normal(at::vec::Vectorized<float> x, at::vec::Vectorized<
   cdf = Vec::blendv(one - q, q, x < Vec(0.0f));
   pdf = e * Vec(0.39894228f);
 }
+template <bool kRough = false>
 inline void normal(at::vec::Vectorized<double> x, at::vec::Vectorized<double>& cdf,
                    at::vec::Vectorized<double>& pdf) {
   using Vec = at::vec::Vectorized<double>;
@@ -257,39 +264,36 @@ inline void normal(at::vec::Vectorized<double> x, at::vec::Vectorized<double>& c
   pdf = Vec(0.39894228040143267794) * (x * x * Vec(-0.5)).exp();
 }
 
-C10_ALWAYS_INLINE at::vec::Vectorized<float> normal_cdf(at::vec::Vectorized<float> x) {
-  at::vec::Vectorized<float> cdf, pdf;
-  normal(x, cdf, pdf);
-  return cdf;
-}
-inline at::vec::Vectorized<double> normal_cdf(at::vec::Vectorized<double> x) {
-  using Vec = at::vec::Vectorized<double>;
-  return Vec(0.5) * (Vec(1.0) + (x * Vec(0.70710678118654752440)).erf());
-}
-
 }  // namespace fastnorm::cpu
 
 namespace fastnorm {
 
 // The vector side of common/epilogue.h. ATen's erf and tanh are Sleef's, within 1 ulp.
-template <typename A>
-struct Math<cpu::Wide<A>> {
-  using V = cpu::Wide<A>;
-  static C10_ALWAYS_INLINE V exp(V x) { return {cpu::fast_exp(x.lo), cpu::fast_exp(x.hi)}; }
-  static V erf(V x) { return {x.lo.erf(), x.hi.erf()}; }
-  static V tanh(V x) { return {x.lo.tanh(), x.hi.tanh()}; }
+template <typename V, bool kRough>
+struct WideMath {
+  using Vec = typename V::Vec;
+  static C10_ALWAYS_INLINE V exp(V x) {
+    return V(cpu::fast_exp<kRough>(x.lo), cpu::fast_exp<kRough>(x.hi));
+  }
+  static V erf(V x) { return V(x.lo.erf(), x.hi.erf()); }
+  static V tanh(V x) { return V(x.lo.tanh(), x.hi.tanh()); }
   static C10_ALWAYS_INLINE V normal_cdf(V x) {
-    return {cpu::normal_cdf(x.lo), cpu::normal_cdf(x.hi)};
+    V cdf, pdf;
+    normal(x, cdf, pdf);
+    return cdf;
   }
   static C10_ALWAYS_INLINE void normal(V x, V& cdf, V& pdf) {
-    cpu::normal(x.lo, cdf.lo, pdf.lo);
-    cpu::normal(x.hi, cdf.hi, pdf.hi);
+    cpu::normal<kRough>(x.lo, cdf.lo, pdf.lo);
+    cpu::normal<kRough>(x.hi, cdf.hi, pdf.hi);
   }
   static V where_nonpositive(V x, V a, V b) {
-    using Vec = typename V::Vec;
-    const Vec zero(A(0));
-    return {Vec::blendv(b.lo, a.lo, x.lo <= zero), Vec::blendv(b.hi, a.hi, x.hi <= zero)};
+    const Vec zero(0);
+    return V(Vec::blendv(b.lo, a.lo, x.lo <= zero), Vec::blendv(b.hi, a.hi, x.hi <= zero));
   }
 };
+template <typename A>
+struct Math<cpu::Wide<A>> : WideMath<cpu::Wide<A>, false> {};
+template <>
+struct Math<cpu::Rough> : WideMath<cpu::Rough, true> {};
 
 }  // namespace fastnorm
