@@ -146,13 +146,15 @@ inline void start_backward(const NormConfig& c, const Stretches& at, const T* dy
   at.for_each([&](int64_t i, int64_t j) { store_chunk(grad + j, dresidual + i, at.length); });
 }
 
-// Whether the second pass may read the gradient that the pass of the sums has written to dresidual.
-// In 16 bits it is not quite what was summed, and among few values most of it cancels.
+// Whether the second pass may read the gradient that the pass of the sums has written. In 16 bits
+// it is not quite what was summed, and among few values most of it cancels.
+template <typename T>
+inline bool is_exact_enough(const View& view) {
+  return sizeof(T) > 2 || std::min(view.reduce_outer, view.tail) * view.reduce_inner >= 64;
+}
 template <typename T>
 inline bool reads_back(const NormBackward<T>& p) {
-  const View& view = p.config.view;
-  return p.dresidual != nullptr &&
-         (sizeof(T) > 2 || std::min(view.reduce_outer, view.tail) * view.reduce_inner >= 64);
+  return p.dresidual != nullptr && is_exact_enough<T>(p.config.view);
 }
 
 // A ReLU without dropout is worked out within the loops of the norm, not chunk by chunk.
@@ -174,11 +176,11 @@ inline bool has_backward_epilogue(const NormBackward<T>& p) {
          p.dresidual != nullptr;
 }
 
-// R rows at a time are too many short runs for the hardware to foresee: ask for the next group.
+// Short runs are more than the hardware foresees: ask for what a row group ahead holds.
 template <int R, typename T>
 inline void prefetch_rows(const T* x, int64_t stride) {
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) __builtin_prefetch(x + (R + r) * stride);
+  for (int r = 0; r < R; ++r) __builtin_prefetch(x + (kRowGroup + r) * stride);
 }
 
 // sum += d, square += d^2 over R rows of n columns, d = x - shift.
@@ -264,13 +266,16 @@ inline void add_gradients(const T* x, int64_t stride, int64_t n, const A* mean, 
   });
 }
 
+// Rows of x and of g at a time: eight of both are more streams than the hardware follows.
+constexpr int kGradientRows = 2;
+
 // The same over any number of rows; grad takes rows from 0 on.
 template <typename T, typename A, typename F>
 inline void add_gradient_rows(const T* x, int64_t stride, int64_t rows, int64_t n, const A* mean,
                               A* sum_g, A* sum_gd, F&& grad) {
   int64_t r = 0;
-  for (; r + kRowGroup <= rows; r += kRowGroup) {
-    add_gradients<kRowGroup>(
+  for (; r + kGradientRows <= rows; r += kGradientRows) {
+    add_gradients<kGradientRows>(
         x + r * stride, stride, n, mean, sum_g, sum_gd,
         [&](auto tag, auto d, int64_t i, int64_t j) { return grad(tag, d, r + i, j); });
   }

@@ -28,7 +28,6 @@ class Forward {
   explicit Forward(const NormForward<T>& p) : p_(p), v_(p.config.view), t_(v_) {}
 
   void run() {
-    const int64_t chunk_bytes = t_.chunk_rows * t_.width * static_cast<int64_t>(sizeof(T));
     if (t_.visit == Visit::Samples) {
       const int64_t bytes = v_.reduce_outer * t_.row * static_cast<int64_t>(sizeof(T));
       parallel_tasks(v_.outer, bytes, [&](int64_t o) { visit(o, 0, t_.width); });
@@ -40,15 +39,19 @@ class Forward {
                        visit(task / tiles, first, t_.tile_size(first));
                      });
     } else {
-      const auto columns = uninitialized<A>(v_.outer * Columns<A>::size(t_.width));
+      const auto memory = uninitialized<A>(v_.outer * Columns<A>::size(t_.width));
       const auto of = [&](int64_t o) {
-        return Columns<A>(columns.get() + o * Columns<A>::size(t_.width), t_.width);
+        return Columns<A>(memory.get() + o * Columns<A>::size(t_.width), t_.width);
       };
-      if (!p_.config.frozen) split_statistics(chunk_bytes);
-      for (int64_t o = 0; o < v_.outer; ++o) expand(o, 0, t_.width, of(o));
-      parallel_tasks_reversed(v_.outer * t_.chunks, chunk_bytes, [&](int64_t task) {
-        const int64_t o = task / t_.chunks;
-        map(Chunk(v_, t_, o, task % t_.chunks), 0, t_.width, of(o));
+      const auto partial = uninitialized<double>(p_.config.frozen ? 0 : v_.outer * partial_size());
+      for_each_wave(v_, sizeof(T), [&](int64_t first, int64_t end) {
+        if (!p_.config.frozen) split_statistics(first, end, partial.get());
+        for (int64_t o = first; o < end; ++o) expand(o, 0, t_.width, of(o));
+        parallel_tasks_reversed((end - first) * t_.chunks,
+                                t_.chunk_rows * t_.width * int64_t(sizeof(T)), [&](int64_t task) {
+                                  const int64_t o = first + task / t_.chunks;
+                                  map(Chunk(v_, t_, o, task % t_.chunks), 0, t_.width, of(o));
+                                });
       });
     }
   }
@@ -56,18 +59,13 @@ class Forward {
  private:
   int64_t partial_size() const { return 2 * t_.chunks * t_.row; }
 
-  void split_statistics(int64_t chunk_bytes) {
-    const auto partial = uninitialized<double>(v_.outer * partial_size());
-    const int64_t tiles = t_.tiles();
-    parallel_tasks(v_.outer * t_.chunks * tiles, chunk_bytes / tiles, [&](int64_t task) {
-      const int64_t first = task % tiles * t_.tile, block = task / tiles;
-      const int64_t o = block / t_.chunks;
-      chunk_moments(o, block % t_.chunks, first, t_.tile_size(first),
-                    partial.get() + o * partial_size());
+  void split_statistics(int64_t first, int64_t end, double* partial) {
+    for_each_tile(t_, first, end, sizeof(T), [&](int64_t o, int64_t chunk, int64_t j, int64_t n) {
+      chunk_moments(o, chunk, j, n, partial + o * partial_size());
     });
-    at::parallel_for(0, v_.outer, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t o = begin; o < end; ++o) {
-        finish_statistics(o, 0, t_.row, partial.get() + o * partial_size());
+    at::parallel_for(first, end, 1, [&](int64_t begin, int64_t last) {
+      for (int64_t o = begin; o < last; ++o) {
+        finish_statistics(o, 0, t_.row, partial + o * partial_size());
       }
     });
   }
@@ -199,10 +197,20 @@ class Backward {
         relu_(is_fused_relu(p) && (p.dresidual == nullptr || p.residual != nullptr)) {
     parameters_ = p.dweight != nullptr || p.dbias != nullptr;
     sums_ = parameters_ || (p.dx != nullptr && !p.config.frozen);
+    fused_dx_ = sums_ && p.config.frozen ? p.dx : nullptr;
+    map_needed_ =
+        sums_ ? p.dx != nullptr && fused_dx_ == nullptr : p.dx != nullptr || p.dresidual != nullptr;
+    // What has been worked out is read back, instead of worked out again.
+    if (sums_ && map_needed_ && epilogue_) {
+      stored_ = reads_back(p) ? p.dresidual : nullptr;
+      if (stored_ == nullptr && !relu_ && t_.visit == Visit::Split && is_exact_enough<T>(v_)) {
+        stored_ = p.dx;
+      }
+    }
+    chunked_ = fused_dx_ != nullptr || (epilogue_ && (!relu_ || p.dresidual != nullptr));
   }
 
   void run() {
-    const int64_t chunk_bytes = 2 * t_.chunk_rows * t_.width * static_cast<int64_t>(sizeof(T));
     if (t_.visit == Visit::Samples) {
       const int64_t step = ceil_div(v_.outer, kSampleBlocks);
       const int64_t blocks = ceil_div(v_.outer, step);
@@ -224,40 +232,44 @@ class Backward {
                      });
       finish_parameters(v_.outer);
     } else {
-      split(chunk_bytes);
+      split();
     }
   }
 
  private:
   int64_t partial_size() const { return 2 * t_.chunks * t_.row; }
 
-  void split(int64_t chunk_bytes) {
+  void split() {
     const auto memory = uninitialized<A>(v_.outer * Columns<A>::size(t_.width));
     const auto of = [&](int64_t o) {
       return Columns<A>(memory.get() + o * Columns<A>::size(t_.width), t_.width);
     };
-    for (int64_t o = 0; o < v_.outer; ++o) expand(o, 0, t_.width, of(o));
-    if (sums_) {
-      const auto partial = uninitialized<double>(v_.outer * partial_size());
-      const int64_t tiles = t_.tiles();
-      parallel_tasks(v_.outer * t_.chunks * tiles, chunk_bytes / tiles, [&](int64_t task) {
-        const int64_t first = task % tiles * t_.tile, block = task / tiles;
-        const int64_t o = block / t_.chunks;
-        chunk_sums(o, block % t_.chunks, first, t_.tile_size(first), of(o), nullptr,
-                   partial.get() + o * partial_size());
-      });
-      start_parameters(v_.outer);
-      at::parallel_for(0, v_.outer, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t o = begin; o < end; ++o) {
-          finish_sums(o, 0, t_.width, partial.get() + o * partial_size(), of(o), o);
-        }
-      });
-      finish_parameters(v_.outer);
-    }
-    if (p_.dx == nullptr && (sums_ || p_.dresidual == nullptr)) return;
-    parallel_tasks_reversed(v_.outer * t_.chunks, chunk_bytes, [&](int64_t task) {
-      const int64_t o = task / t_.chunks;
-      map(Chunk(v_, t_, o, task % t_.chunks), 0, t_.width, of(o), nullptr);
+    const auto partial = uninitialized<double>(sums_ ? v_.outer * partial_size() : 0);
+    if (sums_) start_parameters(v_.outer);
+    for_each_wave(v_, 2 * sizeof(T), [&](int64_t begin, int64_t end) {
+      for (int64_t o = begin; o < end; ++o) expand(o, 0, t_.width, of(o));
+      if (sums_) split_sums(begin, end, partial.get(), of);
+      if (!map_needed_) return;
+      parallel_tasks_reversed((end - begin) * t_.chunks,
+                              2 * t_.chunk_rows * t_.width * int64_t(sizeof(T)), [&](int64_t task) {
+                                const int64_t o = begin + task / t_.chunks;
+                                map(Chunk(v_, t_, o, task % t_.chunks), 0, t_.width, of(o),
+                                    nullptr);
+                              });
+    });
+    if (sums_) finish_parameters(v_.outer);
+  }
+
+  template <typename F>
+  void split_sums(int64_t begin, int64_t end, double* partial, F&& of) {
+    for_each_tile(t_, begin, end, 2 * sizeof(T),
+                  [&](int64_t o, int64_t chunk, int64_t first, int64_t n) {
+                    chunk_sums(o, chunk, first, n, of(o), nullptr, partial + o * partial_size());
+                  });
+    at::parallel_for(begin, end, 1, [&](int64_t first, int64_t last) {
+      for (int64_t o = first; o < last; ++o) {
+        finish_sums(o, 0, t_.width, partial + o * partial_size(), of(o), o);
+      }
     });
   }
 
@@ -268,7 +280,7 @@ class Backward {
     expand(o, first, n, columns);
     // An activation's derivative and a mask are worked out once; a ReLU's costs less than to keep.
     A* cache = nullptr;
-    if (epilogue_ && sums_ && !relu_ && !reads_back(p_)) {
+    if (epilogue_ && sums_ && map_needed_ && !relu_ && stored_ == nullptr) {
       const int64_t cached = v_.reduce_outer * (t_.fold > 1 ? t_.row : n);
       cache = thread_scratch<A, Slot::Gradient>(round_up(cached, t_.width));
     }
@@ -280,7 +292,7 @@ class Backward {
       }
       finish_sums(o, first, n, partial, columns, block);
     }
-    if (p_.dx == nullptr && (sums_ || p_.dresidual == nullptr)) return;
+    if (!map_needed_) return;
     for (int64_t chunk = t_.chunks; chunk-- > 0;) {
       A* chunk_cache = cache != nullptr ? cache + chunk * t_.chunk_rows * n : nullptr;
       map(Chunk(v_, t_, o, chunk), first, n, columns, chunk_cache);
@@ -293,20 +305,28 @@ class Backward {
     std::fill_n(out.e + first, n, A(0));
   }
 
-  // The gradient of the norm over n columns from j0 of folded row r.
+  // The gradient of the norm over n columns from j0 of folded row r, to `grad` and `out`.
   void gradient(const Chunk& chunk, int64_t r, int64_t j0, int64_t n, const Columns<A>& columns,
-                A* pre, A* grad, T* dresidual) {
+                A* grad, T* out) {
     const int64_t index = chunk.offset + r * t_.width + j0;
+    const T* x = p_.x + index;
+    const A *mean = columns.mean + j0, *scale = columns.scale + j0, *bias = columns.bias + j0;
+    if (relu_) {
+      return with_relu_gradient(index, j0, columns, out, [&](auto gradient_at) {
+        for_each_wide<A>(n, [&](auto tag, int64_t j) {
+          store(tag, grad + j, gradient_at(tag, load(tag, x + j) - load(tag, mean + j), j, j));
+        });
+      });
+    }
+    alignas(64) A pre[kChunk];
     if (p_.config.activation != Activation::None) {
-      const T* x = p_.x + index;
-      const A *mean = columns.mean + j0, *scale = columns.scale + j0, *bias = columns.bias + j0;
       for_each_wide<A>(n, [&](auto tag, int64_t j) {
         store(tag, pre + j,
               fmadd(load(tag, x + j) - load(tag, mean + j), load(tag, scale + j),
                     load(tag, bias + j)));
       });
     }
-    start_backward(p_.config, {index, n}, p_.dy, p_.residual, pre, grad, dresidual);
+    start_backward(p_.config, {index, n}, p_.dy, p_.residual, pre, grad, out);
   }
 
   // Calls f(grad) with the gradient behind a ReLU as a function grad(tag, d, offset from `index`,
@@ -337,6 +357,12 @@ class Backward {
     });
   }
 
+  static void scale_row(const A* g, const A* scale, int64_t n, T* out) {
+    for_each_wide<A>(n, [&](auto tag, int64_t j) {
+      store(tag, out + j, load(tag, g + j) * load(tag, scale + j));
+    });
+  }
+
   // sum(g) and sum(g d) of the chunk, per column of a row, to `partial`. A cache keeps g, its
   // rows n apart.
   void chunk_sums(int64_t o, int64_t index, int64_t first, int64_t n, const Columns<A>& columns,
@@ -346,9 +372,7 @@ class Backward {
     A* sum_gd = sum_g + n;
     std::fill_n(sum_g, 2 * n, A(0));
     const int64_t rows = chunk.rows();
-    const bool chunked = epilogue_ && !relu_;
-    const int64_t tile = chunked ? kGradientTile : kTile;
-    alignas(64) A pre[kGradientTile];
+    const int64_t tile = chunked_ ? kGradientTile : kTile;
     alignas(64) A grads[kRowGroup * kGradientTile];
     for (int64_t r = 0; r < rows; r += kRowGroup) {
       const int64_t group_end = std::min<int64_t>(r + kRowGroup, rows);
@@ -364,27 +388,33 @@ class Backward {
               add_gradient_rows(p_.x + at, width, r1 - r0, size, columns.mean + first + j,
                                 sum_g + j, sum_gd + j, grad);
             };
-            if (relu_) {
-              with_relu_gradient(at, first + j, columns, p_.dresidual, [&](auto grad) {
+            if (chunked_) {
+              A* g = cache != nullptr ? cache + r0 * n + j : grads;
+              const int64_t stride = cache != nullptr ? n : kGradientTile;
+              T* out = p_.dresidual != nullptr ? p_.dresidual : stored_;
+              for (int64_t i = r0; i < r1; ++i) {
+                gradient(chunk, i, first + j, size, columns, g + (i - r0) * stride, out);
+              }
+              add([=](auto tag, auto, int64_t row, int64_t column) {
+                return load(tag, g + row * stride + column);
+              });
+              if (fused_dx_ != nullptr) {
+                for (int64_t i = 0; i < r1 - r0; ++i) {
+                  scale_row(g + i * stride, columns.scale + first + j, size,
+                            fused_dx_ + at + i * width);
+                }
+              }
+            } else if (relu_) {
+              with_relu_gradient(at, first + j, columns, nullptr, [&](auto grad) {
                 add([=, dy = p_.dy + at](auto tag, auto d, int64_t row, int64_t column) {
                   __builtin_prefetch(dy + (row + kRowGroup) * width + column);
                   return grad(tag, d, row * width + column, column);
                 });
               });
-            } else if (!chunked) {
+            } else {
               add([=, dy = p_.dy + at](auto tag, auto, int64_t row, int64_t column) {
                 __builtin_prefetch(dy + (row + kRowGroup) * width + column);
                 return load(tag, dy + row * width + column);
-              });
-            } else {
-              A* g = cache != nullptr ? cache + r0 * n + j : grads;
-              const int64_t stride = cache != nullptr ? n : kGradientTile;
-              for (int64_t i = r0; i < r1; ++i) {
-                gradient(chunk, i, first + j, size, columns, pre, g + (i - r0) * stride,
-                         p_.dresidual);
-              }
-              add([=](auto tag, auto, int64_t row, int64_t column) {
-                return load(tag, g + row * stride + column);
               });
             }
           }
@@ -467,7 +497,7 @@ class Backward {
   void map(const Chunk& chunk, int64_t first, int64_t n, const Columns<A>& columns,
            const A* cache) {
     T* dresidual = sums_ ? nullptr : p_.dresidual;
-    alignas(64) A pre[kChunk], grad[kChunk];
+    alignas(64) A grad[kChunk];
     for (int64_t r = 0; r < chunk.rows(); ++r) {
       const int64_t end = first + chunk.columns(r, first, n);
       for (int64_t j0 = first; j0 < end; j0 += kChunk) {
@@ -491,14 +521,14 @@ class Backward {
         };
         if (!epilogue_) {
           from(p_.dy + index);
-        } else if (sums_ && reads_back(p_)) {
-          from(static_cast<const T*>(p_.dresidual + index));  // what the sums' pass has written
+        } else if (stored_ != nullptr) {
+          from(static_cast<const T*>(stored_ + index));  // what the sums' pass has written
         } else if (cache != nullptr) {
           from(cache + r * n + j0 - first);
         } else if (relu_ && p_.dx != nullptr) {
           with_relu_gradient(index, j0, columns, dresidual, to_input);
         } else {
-          gradient(chunk, r, j0, size, columns, pre, grad, dresidual);
+          gradient(chunk, r, j0, size, columns, grad, dresidual);
           from(static_cast<const A*>(grad));
         }
       }
@@ -509,7 +539,9 @@ class Backward {
   const View& v_;
   const Tiling t_;
   const bool epilogue_, relu_;
-  bool parameters_, sums_;
+  bool parameters_, sums_, map_needed_, chunked_;
+  T* fused_dx_;          // dx, where frozen statistics let the sums' pass write it
+  T* stored_ = nullptr;  // where the sums' pass leaves the gradient for the map
   std::unique_ptr<double[]> parameter_sums_;  // [block][db, dw][channels]
 };
 

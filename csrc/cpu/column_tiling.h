@@ -50,6 +50,27 @@ struct Tiling {
   int64_t tile_size(int64_t first) const { return std::min(tile, width - first); }
 };
 
+// f(o, o_end): blocks that are visited twice before the next ones are, as many as the last level
+// cache keeps from the first visit to the second.
+template <typename F>
+void for_each_wave(const View& v, int64_t element_bytes, F&& f) {
+  constexpr int64_t kWaveBytes = 8 * 1024 * 1024;
+  const int64_t bytes = v.reduce_outer * v.row_size() * element_bytes;
+  const int64_t wave = std::max<int64_t>(1, kWaveBytes / bytes);
+  for (int64_t o = 0; o < v.outer; o += wave) f(o, std::min(o + wave, v.outer));
+}
+
+// f(block, chunk, first column, columns) for the tiles of blocks [o, o_end), in parallel.
+template <typename F>
+void for_each_tile(const Tiling& t, int64_t o, int64_t o_end, int64_t element_bytes, F&& f) {
+  const int64_t tiles = t.tiles();
+  parallel_tasks((o_end - o) * t.chunks * tiles, t.chunk_rows * t.tile * element_bytes,
+                 [&](int64_t task) {
+                   const int64_t first = task % tiles * t.tile, chunk = task / tiles;
+                   f(o + chunk / t.chunks, chunk % t.chunks, first, t.tile_size(first));
+                 });
+}
+
 // A chunk: `full` folded rows and, behind them, `rest` columns of one more.
 struct Chunk {
   int64_t offset, full, rest, count;  // count: rows of the tensor

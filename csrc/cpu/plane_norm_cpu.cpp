@@ -301,29 +301,36 @@ class PlaneBackward {
         relu_(is_fused_relu(p) && (p.dresidual == nullptr || p.residual != nullptr)) {
     parameters_ = p.dweight != nullptr || p.dbias != nullptr;
     sums_ = parameters_ || (p.dx != nullptr && !p.config.frozen);
+    fused_dx_ = sums_ && p.config.frozen ? p.dx : nullptr;
+    map_needed_ =
+        sums_ ? p.dx != nullptr && fused_dx_ == nullptr : p.dx != nullptr || p.dresidual != nullptr;
+    // What has been worked out is read back, instead of worked out again.
+    if (sums_ && map_needed_ && epilogue_) {
+      stored_ = reads_back(p) ? p.dresidual : nullptr;
+      if (stored_ == nullptr && !relu_ && !t_.resident && is_exact_enough<T>(v_)) stored_ = p.dx;
+    }
   }
 
   void run() {
     const int64_t channels = v_.outer * v_.kept;
     const int64_t bytes = 2 * v_.reduce_outer * t_.length * static_cast<int64_t>(sizeof(T));
     const auto totals = uninitialized<Sums>(channels);
-    const bool map_needed = p_.dx != nullptr || (!sums_ && p_.dresidual != nullptr);
     if (t_.resident) {
       parallel_tasks(channels, bytes, [&](int64_t channel) {
         A* cache = nullptr;
-        if (epilogue_ && sums_ && map_needed && !relu_ && !reads_back(p_)) {
+        if (epilogue_ && sums_ && map_needed_ && !relu_ && stored_ == nullptr) {
           cache = thread_scratch<A, Slot::Gradient>(v_.reduce_outer * t_.length);
         }
         for (int64_t i = 0; sums_ && i < t_.chunks; ++i) {
           add(totals[channel], chunk_sums(channel, i, part_of(cache, channel, i)));
         }
-        for (int64_t i = t_.chunks; map_needed && i-- > 0;) {
+        for (int64_t i = t_.chunks; map_needed_ && i-- > 0;) {
           map(channel, i, totals[channel], part_of(cache, channel, i));
         }
       });
     } else {
       if (sums_) split_sums(channels, bytes, totals.get());
-      if (map_needed) {
+      if (map_needed_) {
         parallel_tasks_reversed(channels * t_.chunks, bytes / t_.chunks, [&](int64_t task) {
           map(task / t_.chunks, task % t_.chunks, totals[task / t_.chunks], nullptr);
         });
@@ -406,6 +413,11 @@ class PlaneBackward {
     });
   }
 
+  static void scale_to(const A* g, A scale, int64_t n, T* out) {
+    for_each_wide<A>(n,
+                     [&](auto tag, int64_t i) { store(tag, out + i, load(tag, g + i) * scale); });
+  }
+
   // A cache keeps g in the order of the pieces.
   Sums chunk_sums(int64_t channel, int64_t index, A* cache) const {
     const ChannelMap<A> map = channel_map(channel);
@@ -428,17 +440,20 @@ class PlaneBackward {
     chunk(channel, index).for_each_piece([&](const Stretches& at, int64_t first) {
       prefetch_next(p_.x, at, stride);
       prefetch_next(p_.dy, at, stride);
-      if (relu_) {
+      if (relu_ && fused_dx_ == nullptr) {
         at.for_each([&](int64_t i, int64_t) {
           with_relu_gradient(map, i, p_.dresidual,
                              [&](auto gradient_at) { add_sums(i, at.length, gradient_at); });
         });
-      } else if (!epilogue_) {
+      } else if (!epilogue_ && fused_dx_ == nullptr) {
         at.for_each([&](int64_t i, int64_t) { add_from(i, at.length, p_.dy + i); });
       } else {
         A* g = cache != nullptr ? cache + first : grad;
-        gradient(map, at, pre, g, p_.dresidual);
-        at.for_each([&](int64_t i, int64_t j) { add_from(i, at.length, g + j); });
+        gradient(map, at, pre, g, p_.dresidual != nullptr ? p_.dresidual : stored_);
+        at.for_each([&](int64_t i, int64_t j) {
+          add_from(i, at.length, g + j);
+          if (fused_dx_ != nullptr) scale_to(g + j, map.scale, at.length, fused_dx_ + i);
+        });
       }
     });
     return {sums.first(), sums.second()};
@@ -467,8 +482,7 @@ class PlaneBackward {
       if (p_.dx == nullptr) return;
       to_input(offset, n, [=](auto tag, auto, int64_t i) { return load(tag, g + i); });
     };
-    const bool written = sums_ && reads_back(p_);  // by the sums' pass
-    const T* stored = !epilogue_ ? p_.dy : written ? p_.dresidual : nullptr;
+    const T* stored = !epilogue_ ? p_.dy : stored_;
     T* dresidual = sums_ ? nullptr : p_.dresidual;
     alignas(64) A pre[kPiece], grad[kPiece];
     chunk(channel, index).for_each_piece([&](const Stretches& at, int64_t first) {
@@ -495,7 +509,9 @@ class PlaneBackward {
   const View& v_;
   const PlaneTiling t_;
   const bool epilogue_, relu_;
-  bool parameters_, sums_;
+  bool parameters_, sums_, map_needed_;
+  T* fused_dx_;          // dx, where frozen statistics let the sums' pass write it
+  T* stored_ = nullptr;  // where the sums' pass leaves the gradient for the map
 };
 
 }  // namespace

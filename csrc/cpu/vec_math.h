@@ -236,7 +236,9 @@ C10_ALWAYS_INLINE at::vec::Vectorized<float> fast_exp(at::vec::Vectorized<float>
 #endif
 }
 template <bool kRough = false>
-inline at::vec::Vectorized<double> fast_exp(at::vec::Vectorized<double> x) { return x.exp(); }
+inline at::vec::Vectorized<double> fast_exp(at::vec::Vectorized<double> x) {
+  return x.exp();
+}
 
 // Phi(x) and phi(x), with one exp for both. For float the tail q = Phi(-|x|) is formula 7.1.26 of
 // Abramowitz and Stegun, "Handbook of mathematical functions" (absolute error 7.5e-8), which is
