@@ -1,11 +1,12 @@
 #include "autograd.h"
 
-#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/utils/pybind.h>
+
+#include "dropout.h"
 
 namespace fastnorm {
 namespace {
@@ -184,9 +185,15 @@ struct AddNormNode final : public Node {
       return differentiable_vjp(true, grads, {sum_, weight_, bias_}, {}, {}, seed_, call, needs);
     }
     const bool dropout = seed_.defined();
-    const at::Tensor dy = grads[0].defined() ? laid_out_like(grads[0], sum_) : at::zeros_like(sum_);
     OptionalTensor dsum;
     if (grads[1].defined()) dsum = laid_out_like(grads[1], sum_);
+    if (!grads[0].defined()) {  // the norm's output is unused: its derivative may be infinite
+      const DropoutCall mask{{sum_.numel(), 1, 1}, 0, call.dropout_p};
+      if (needs[0]) out[0] = dropout ? masked_gradient(*dsum, seed_, mask) : *dsum;
+      if (needs[1]) out[1] = *dsum;
+      return out;
+    }
+    const at::Tensor dy = laid_out_like(grads[0], sum_);
     // Without dropout x and the residual have the same gradient, written once.
     const bool want_dx = needs[0] && dropout, want_dr = needs[1] || (needs[0] && !dropout);
     auto [dx, dw, db, dr] =

@@ -203,10 +203,6 @@ at::Tensor with_strides(const at::Tensor& t, at::IntArrayRef sizes, at::IntArray
   return at::empty_strided(sizes, strides, t.options()).copy_(t);
 }
 
-// keep ? scale * grad : 0, itself differentiable: its own backward pass is the same map.
-at::Tensor masked_gradient(const at::Tensor& grad, const OptionalTensor& seed,
-                           const DropoutCall& call);
-
 // With create_graph an activation's derivative must itself be differentiable: the gradients of
 // the pure-PyTorch reference. A first backward never comes here.
 variable_list reference_vjp(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& bias,
@@ -254,20 +250,21 @@ struct DropoutNode final : public Node {
   }
 
   variable_list apply(variable_list&& grads) override {
-    std::lock_guard<std::mutex> lock(mutex_);
+    // Held while the saved tensors are read only: a recorded backward runs the engine again.
+    std::unique_lock<std::mutex> lock(mutex_);
     variable_list out(3);
     if (!grads[0].defined()) return out;
     if (task_should_compute_output(2)) out[2] = grads[0];
     const bool wants_bias = task_should_compute_output(1);
     if (!task_should_compute_output(0) && !wants_bias) return out;
     const at::Tensor grad = with_strides(grads[0], sizes, strides);
-    const at::Tensor seed_ = seed.unpack();
+    const at::Tensor seed_ = seed.unpack(), x_ = x.unpack(), bias_ = bias.unpack();
+    lock.unlock();
     at::Tensor dx;
     if (call.activation == 0) {
       dx = at::GradMode::is_enabled() ? masked_gradient(grad, optional(seed_), call)
                                       : call_bwd(grad, {}, {}, optional(seed_), call);
     } else {
-      const at::Tensor x_ = x.unpack(), bias_ = bias.unpack();
       if (at::GradMode::is_enabled()) {
         variable_list vjp = reference_vjp(grad, x_, bias_, seed_, call);
         out[0] = vjp[0];
@@ -282,6 +279,8 @@ struct DropoutNode final : public Node {
   }
 };
 
+}  // namespace
+
 at::Tensor masked_gradient(const at::Tensor& grad, const OptionalTensor& seed,
                            const DropoutCall& call) {
   decltype(make_node<DropoutNode>()) node;
@@ -294,8 +293,6 @@ at::Tensor masked_gradient(const at::Tensor& grad, const OptionalTensor& seed,
   if (node) torch::autograd::set_history(out, node);
   return out;
 }
-
-}  // namespace
 
 at::Tensor dropout(const at::Tensor& x, const OptionalTensor& bias, const OptionalTensor& residual,
                    const OptionalTensor& seed, const DropoutCall& call) {

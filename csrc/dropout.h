@@ -22,6 +22,10 @@ struct DropoutCall {
 at::Tensor dropout(const at::Tensor& x, const OptionalTensor& bias, const OptionalTensor& residual,
                    const OptionalTensor& seed, const DropoutCall& call);
 
+// keep ? scale * grad : 0, itself differentiable: its own backward pass is the same map.
+at::Tensor masked_gradient(const at::Tensor& grad, const OptionalTensor& seed,
+                           const DropoutCall& call);
+
 // The MaskView of x's memory when the dimensions in the bit set `shared` share their mask;
 // nullopt where those of more than one element do not lie next to each other.
 std::optional<std::array<int64_t, 3>> mask_view(const at::Tensor& x, uint64_t shared);

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+import fastnorm
 from fastnorm import _build
 from fastnorm.epilogue import ACTIVATIONS
 from fastnorm.testing import (
@@ -327,6 +328,20 @@ class RowNormChecks:
             g = [gradient_like(x) if wanted else None for wanted in grads]
             self.check(fused, unfused, tensors, g, f"gradients into {grads}")
 
+    @pytest.mark.parametrize("p", [0.0, 0.5])
+    def test_an_unused_norm_adds_nothing_to_the_gradients(self, p, device):
+        x = torch.zeros(2, 8, device=device)
+        x[0, 0] = torch.inf  # the norm's derivative is NaN there
+        x, r = x.requires_grad_(), torch.zeros_like(x).requires_grad_()
+        w = torch.ones(8, device=device, requires_grad=True)
+        torch.manual_seed(0)
+        _, total = self.ours_add(x, r, (8,), w, None, dropout_p=p)
+        total.backward(torch.ones_like(total))
+        torch.manual_seed(0)
+        assert torch.equal(x.grad, fastnorm.dropout(torch.ones_like(x), p))
+        assert torch.equal(r.grad, torch.ones_like(r))
+        assert w.grad is None
+
     def test_add_gradcheck(self):
         x, r = random_tensor(2, 3, 5, dtype=torch.float64).unbind()
         w, b = self.parameters(5, x.dtype)
@@ -383,6 +398,8 @@ class RowNormChecks:
             (dict(shape=()), RuntimeError, "normalized_shape"),
             (dict(shape=(2**70,)), RuntimeError, "normalized_shape"),
             (dict(shape=2.5), TypeError, "normalized_shape: expected an int or a sequence"),
+            (dict(shape=(5.0,)), TypeError, r"normalized_shape: .* sequence of int, got \(5.0,\)"),
+            (dict(shape="5"), TypeError, "normalized_shape: .* sequence of int, got '5'"),
             (dict(weight=torch.ones(4)), RuntimeError, r"weight: expected shape \[5\], got \[4\]"),
             (dict(weight=torch.ones(5).double()), TypeError, "weight.*float64.*float32"),
             (

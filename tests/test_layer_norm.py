@@ -17,8 +17,8 @@ class TestLayerNorm(RowNormChecks):
     theirs = staticmethod(F.layer_norm)
 
     @staticmethod
-    def ours_add(x, residual, shape, weight, bias):
-        return fastnorm.add_layer_norm(x, residual, shape, weight, bias)
+    def ours_add(x, residual, shape, weight, bias, **options):
+        return fastnorm.add_layer_norm(x, residual, shape, weight, bias, **options)
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,9 @@ class TestRMSNorm(RowNormChecks):
         return lambda x, w, b, r=None: self.ours(x, shape, w, b, eps, residual=r, **kwargs)
 
     @staticmethod
-    def ours_add(x, residual, shape, weight, bias):
+    def ours_add(x, residual, shape, weight, bias, **options):
         eps = torch.finfo(torch.float32).eps
-        return fastnorm.add_rms_norm(x, residual, shape, weight, eps)
+        return fastnorm.add_rms_norm(x, residual, shape, weight, eps, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
