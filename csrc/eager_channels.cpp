@@ -69,9 +69,8 @@ bool is_counter(const at::Tensor& t) {
 bool is_updatable(const Running& r, int64_t kept) {
   return r.mean.is_cpu() && r.var.is_cpu() && r.mean.numel() == kept && r.var.numel() == kept &&
          r.mean.scalar_type() == r.var.scalar_type() && r.mean.is_contiguous() &&
-         r.var.is_contiguous() && !r.mean.requires_grad() && !r.var.requires_grad() &&
-         r.mean.is_inference() == r.var.is_inference() && is_counter(r.tracked) &&
-         is_counter(r.skipped);
+         r.var.is_contiguous() && r.mean.is_inference() == r.var.is_inference() &&
+         is_counter(r.tracked) && is_counter(r.skipped);
 }
 
 void count_up(const at::Tensor& counter, int64_t by) {
@@ -163,7 +162,8 @@ bool read_counter(const py::handle& object, at::Tensor& out) {
 
 bool read_running(const py::handle& mean, const py::handle& var, Running& r) {
   return plain_tensor(mean.ptr(), r.mean) && plain_tensor(var.ptr(), r.var) &&
-         r.mean.defined() == r.var.defined();
+         r.mean.defined() == r.var.defined() &&
+         !(r.mean.defined() && (r.mean.requires_grad() || r.var.requires_grad()));
 }
 
 bool read_number(const py::handle& object, double& number) {
@@ -176,7 +176,7 @@ bool read_number(const py::handle& object, double& number) {
 // NaN stands for None: the average over all batches.
 bool read_momentum(const py::handle& object, double& momentum) {
   momentum = std::nan("");
-  return object.is_none() || read_number(object, momentum);
+  return object.is_none() || (read_number(object, momentum) && std::isfinite(momentum));
 }
 
 // One value per channel; beside a number of values that fits, the shape is checked.

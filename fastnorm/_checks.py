@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -84,18 +85,28 @@ def check_device(argument: str, value: Tensor, input: Tensor) -> None:
         )
 
 
-def check_eps(eps: object) -> None:
-    if not isinstance(eps, (int, float)):
-        raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
-    if not -math.inf < eps < math.inf:  # math.isfinite would break a graph with a symbolic eps
-        raise ValueError(f"eps: expected a finite number, got {eps}")
+def to_number(argument: str, value: object) -> float:
+    """`value`; one of another library's, such as NumPy's float32, as a float."""
+    if isinstance(value, (int, float)):
+        return value
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{argument}: expected a number, got {type(value).__name__}")
+    return float(value)
 
 
-def check_probability(argument: str, p: object) -> None:
-    if not isinstance(p, (int, float)):
-        raise TypeError(f"{argument}: expected a number, got {type(p).__name__}")
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"{argument}: expected a probability between 0 and 1, got {p}")
+def check_number(argument: str, value: object) -> float:
+    number = to_number(argument, value)
+    # math.isfinite would break a graph with a symbolic number.
+    if not -math.inf < number < math.inf:
+        raise ValueError(f"{argument}: expected a finite number, got {number}")
+    return number
+
+
+def check_probability(argument: str, p: object) -> float:
+    number = to_number(argument, p)
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"{argument}: expected a probability between 0 and 1, got {number}")
+    return number
 
 
 def name(dtype: torch.dtype) -> str:

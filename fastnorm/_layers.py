@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from fastnorm import _dtensor, _export, _ops, _philox, _reference
 from fastnorm._checks import (
-    check_eps,
     check_generator,
     check_input,
+    check_number,
     check_parameter,
     check_probability,
     check_residual,
@@ -27,11 +28,10 @@ def normalized_tuple(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
     if isinstance(normalized_shape, int):
         return (normalized_shape,)
     try:
-        return tuple(int(size) for size in normalized_shape)
+        return tuple(operator.index(size) for size in normalized_shape)
     except TypeError:
         raise TypeError(
-            "normalized_shape: expected an int or a sequence of int, got "
-            f"{type(normalized_shape).__name__}"
+            f"normalized_shape: expected an int or a sequence of int, got {normalized_shape!r}"
         ) from None
 
 
@@ -149,7 +149,7 @@ def layer(
     check_parameter("weight", weight, shape, input)
     check_parameter("bias", bias, shape, input)
     check_residual(residual, input)
-    check_eps(eps)
+    eps = check_number("eps", eps)
     code = activation_code(activation)
     if exporting() and generator is None:
         check_probability("dropout_p", dropout_p)
@@ -204,7 +204,7 @@ def add_layer(
     check_residual(residual, input)
     check_parameter("weight", weight, shape, input)
     check_parameter("bias", bias, shape, input)
-    check_eps(eps)
+    eps = check_number("eps", eps)
     if exporting() and generator is None:
         check_probability("dropout_p", dropout_p)
         total = residual + (F.dropout(input, dropout_p) if training and dropout_p else input)

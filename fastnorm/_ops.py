@@ -69,8 +69,8 @@ def disturbance(*tensors: Tensor | None) -> str | None:
     for t in tensors:
         if t is None:
             continue
-        # The types first: a Parameter's isinstance runs Python.
-        if type(t) not in (Tensor, torch.nn.Parameter) and not isinstance(t, torch.nn.Parameter):
+        # isinstance would take a subclass for a Parameter that is marked as one.
+        if type(t) is not Tensor and not issubclass(type(t), torch.nn.Parameter):
             return f"{type(t).__name__} is a subclass of Tensor"
         if dual and has_tangent(t):
             return "forward-mode differentiation"

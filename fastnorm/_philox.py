@@ -43,7 +43,7 @@ def philox_words(counter: Tensor, seed: Tensor) -> list[Tensor]:
 
 def threshold(p: float) -> int:
     """An element is kept when its 16 random bits are below this."""
-    return round((1.0 - p) * 65536.0)
+    return round((1.0 - float(p)) * 65536.0)
 
 
 def scale(p: float) -> float:

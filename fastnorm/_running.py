@@ -29,6 +29,11 @@ def check_running(mean: Tensor | None, var: Tensor | None, channels: int, input:
             "running_mean, running_var: expected both or neither, got only "
             + ("running_var" if mean is None else "running_mean")
         )
+    for name, t in (("running_mean", mean), ("running_var", var)):
+        if t is not None and t.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{name}: expected a tensor that needs no gradient, got one that does"
+            )
 
 
 def check_updatable(running_mean: Tensor, input: Tensor) -> None:
@@ -64,8 +69,11 @@ def frozen_statistics(
     dtype = accumulate_dtype(input.dtype)
     if update:
         return snapshot(mean.detach(), dtype), snapshot(var.detach(), dtype)
-    saved = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (input, *others)
+    # A trace must not depend on whether gradients are recorded: torch checks that it doesn't.
+    saved = (
+        torch.is_grad_enabled()
+        and not torch.jit.is_tracing()
+        and any(t is not None and t.requires_grad for t in (input, *others))
     )
     # torch.jit.trace runs again without gradients, and must find the same graph.
     saved = saved or torch.jit.is_tracing()

@@ -18,8 +18,8 @@ from torch import Tensor
 from fastnorm import _build, _channels, _dtensor, _export, _layers, _parts, _reference, _running
 from fastnorm._channels import Normed
 from fastnorm._checks import (
-    check_eps,
     check_input,
+    check_number,
     check_parameter,
     check_probability,
     check_residual,
@@ -118,6 +118,7 @@ def batch_norm(
         and mask is None
         and lengths is None
         and virtual_batch_size is None
+        and momentum is not None
         and not torch.compiler.is_compiling()
         and _build.module is not None
     ):
@@ -159,7 +160,7 @@ def batch_norm(
         batch_statistics=bool(training),
         update=bool(training) and running_mean is not None,
         training=bool(training),
-        momentum=momentum,
+        momentum=check_number("momentum", momentum),
         eps=eps,
         activation=activation,
         residual=residual,
@@ -268,7 +269,9 @@ def normalize(
             chunk = virtual_batch_size
     if batch_statistics and synced is None:
         check_values(x, chunk)
-    check_eps(eps)
+    eps = check_number("eps", eps)
+    if momentum is not None:
+        momentum = check_number("momentum", momentum)
     if eps < 0 or (batch_statistics and eps == 0):
         least = "a positive number when training" if batch_statistics else "a number >= 0"
         raise ValueError(f"eps: expected {least}, got {eps}")
@@ -603,7 +606,7 @@ class _RunningBatchNorm(_BatchNorm):
             )
         check_parameter("weight", self.weight, (input.shape[1],), input)
         check_parameter("bias", self.bias, (input.shape[1],), input)
-        check_eps(self.eps)
+        check_number("eps", self.eps)
         dtype = _reference.accumulate_dtype(input.dtype)
         dims = (0, *range(2, input.dim()))
         m, v = (

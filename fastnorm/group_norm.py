@@ -8,6 +8,7 @@ every position.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from fastnorm import _build, _channels, _dtensor, _export, _layers
 from fastnorm._checks import (
-    check_eps,
     check_input,
+    check_number,
     check_parameter,
     check_probability,
     check_residual,
@@ -117,6 +118,8 @@ def group_norm(
         raise RuntimeError(
             f"input: Expected at least 2 dimensions for input tensor but received {input.dim()}"
         )
+    if not isinstance(num_groups, (int, torch.SymInt)) and isinstance(num_groups, numbers.Integral):
+        num_groups = int(num_groups)  # NumPy's
     if isinstance(num_groups, bool) or not isinstance(num_groups, (int, torch.SymInt)):
         raise TypeError(f"num_groups: expected an int, got {type(num_groups).__name__}")
     channels = input.shape[1]
@@ -143,7 +146,7 @@ def group_norm(
     check_parameter("weight", weight, (channels,), input)
     check_parameter("bias", bias, (channels,), input)
     check_residual(residual, input)
-    check_eps(eps)
+    eps = check_number("eps", eps)
     code = activation_code(activation)
     valid = _channels.read_mask(mask, lengths, input)
     if exporting() and valid is None and generator is None:

@@ -16,8 +16,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm as _TorchInstanceNorm
 
 from fastnorm import _build, _channels, _dtensor, _export, _layers, _running
 from fastnorm._checks import (
-    check_eps,
     check_input,
+    check_number,
     check_parameter,
     check_probability,
     check_residual,
@@ -163,7 +163,8 @@ def instance_norm(
     check_parameter("weight", weight, (channels,), input)
     check_parameter("bias", bias, (channels,), input)
     check_residual(residual, input)
-    check_eps(eps)
+    eps = check_number("eps", eps)
+    momentum = check_number("momentum", momentum)
     code = activation_code(activation)
     valid = _channels.read_mask(mask, lengths, input)
     if use_input_stats and running_mean is not None:

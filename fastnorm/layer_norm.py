@@ -55,8 +55,8 @@ def layer_norm(
         generator: draws dropout's seed in place of the default generator.
 
     Returns:
-        A tensor of the input's shape, dtype and memory format. Statistics and sums are float32
-        (float64 for float64).
+        A tensor of the input's shape and dtype, with ``dim=1`` in its memory format and otherwise
+        contiguous, as torch's. Statistics and sums are float32 (float64 for float64).
 
     Raises:
         RuntimeError: `normalized_shape`, `weight` or `bias` does not fit the input, or lies on

@@ -68,8 +68,9 @@ def rms_norm(
         generator: draws dropout's seed in place of the default generator.
 
     Returns:
-        A tensor of the input's shape, dtype and memory format. A float32 row whose squares overflow
-        (beyond about 1e18) normalizes to zeros.
+        A tensor of the input's shape and dtype, with ``dim=1`` in its memory format and otherwise
+        contiguous, as torch's. A float32 row whose squares overflow (beyond about 1e18) normalizes
+        to zeros.
 
     Raises:
         RuntimeError: `normalized_shape` or `weight` does not fit the input, or lies on another

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import math
 import pickle
 
 import pytest
@@ -526,6 +527,8 @@ def test_module_errors_are_torchs(backend, shape, cls):
         (torch.randn(4, 3), torch.zeros(2), torch.ones(2), None, None, True),
         (torch.randn(4, 3), None, None, None, None, True, 0.1, -1.0),
         (torch.randn(4), None, None, None, None, True),
+        (torch.randn(4, 3), torch.zeros(3, requires_grad=True), torch.ones(3)),
+        (torch.randn(4, 3), torch.zeros(3), torch.ones(3, requires_grad=True), None, None, True),
         (torch.ones(4, 3, dtype=torch.int64), None, None, None, None, True),
     ],
 )
@@ -545,6 +548,12 @@ def test_a_failed_call_changes_nothing():
         lambda: norm(x, torch.randn(4, 3).double()),
         lambda: norm(x.double()),
         lambda: norm(x, mask=torch.ones(4, 2)),
+        *(
+            lambda momentum=momentum: fastnorm.batch_norm(
+                x, norm.running_mean, norm.running_var, training=True, momentum=momentum
+            )
+            for momentum in (math.nan, 0.5j, None, "0.1")
+        ),
         lambda: fastnorm.batch_norm(
             x, norm.running_mean, norm.running_var, training=True, activation="swish"
         ),

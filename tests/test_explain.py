@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import fastnorm
 
@@ -67,3 +69,15 @@ def test_a_masked_batch_runs_a_kernel(kernels):
     norm = fastnorm.BatchNorm1d(4)
     told = str(fastnorm.explain(norm, torch.randn(3, 4, 5), lengths=[5, 2, 1]))
     assert "norm on cpu" in told and "reference" not in told
+
+
+def test_parameters_of_other_classes():
+    class Tagged(nn.Parameter):
+        pass
+
+    x, weight = torch.randn(2, 6), torch.ones(6)
+    found = fastnorm.explain(fastnorm.layer_norm, x, (6,), Tagged(weight))
+    assert found.implementation == "kernel"
+    both = nn.Parameter(TwoTensor(weight, weight))  # its class is TwoTensor
+    found = fastnorm.explain(fastnorm.layer_norm, x, (6,), both)
+    assert found.reason == "TwoTensor is a subclass of Tensor"

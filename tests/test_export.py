@@ -102,6 +102,15 @@ def test_export_has_torchs_norm(name, strict, kernels):
     torch.testing.assert_close(program.module()(*args), module(*args), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", NORMS)
+def test_trace(name, kernels):
+    module = trained(ALL[name]).eval()
+    traced = torch.jit.trace(module, inputs(name))
+    args = inputs(name)
+    torch.testing.assert_close(traced(*args), module(*args), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", [*NORMS, *OTHERS])
 def test_export_in_training(name, kernels):
     """Statistics are updated, dropout drops, and no operator of ours is in the graph."""

@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -103,6 +104,25 @@ def test_a_step_has_the_same_bits(name, way, kernels):
     module, x = build(name)
     for plain, other in zip(step(module, x), step(module, x, WAYS[way]), strict=True):
         assert torch.equal(plain, other)
+
+
+ONES = torch.ones(2, 6)
+NUMBERS = {
+    "eps": lambda f, i: fastnorm.layer_norm(ONES, [i(6)], eps=f(0.5)),
+    "p": lambda f, i: fastnorm.dropout(ONES, f(0.25)),
+    "dropout_p": lambda f, i: fastnorm.layer_norm(ONES, [i(6)], dropout_p=f(0.25)),
+    "num_groups": lambda f, i: fastnorm.group_norm(ONES, i(2), eps=f(0.5)),
+    "modules": lambda f, i: fastnorm.Dropout(f(0.25))(fastnorm.GroupNorm(i(2), i(6))(ONES)),
+}
+
+
+@pytest.mark.parametrize("argument", NUMBERS)
+def test_numbers_of_numpy_are_numbers(argument, kernels):
+    found = []
+    for kinds in ((float, int), (np.float32, np.int64)):
+        torch.manual_seed(0)
+        found.append(NUMBERS[argument](*kinds))
+    assert torch.equal(*found)
 
 
 @modules
