@@ -266,7 +266,7 @@ def general(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Everything that the eager entry leaves: checks, layout, choice of implementation."""
-    check_probability("p", p)
+    p = check_probability("p", p)
     code = activation_code(activation)
     drops = training and p > 0.0
     if not drops and not code and bias is None and residual is None and isinstance(input, Tensor):
@@ -283,10 +283,24 @@ def general(
             ),
             (), input, residual, shared=shared,
         )  # fmt: skip
+    if input.is_nested and (input.layout != torch.jagged or inplace or shared):
+        raise NotImplementedError(
+            "input: expected a jagged nested tensor, neither to be overwritten nor with shared "
+            f"masks, got layout {input.layout}, inplace={inplace}"
+        )
     if bias is not None:
         _check_operand("bias", bias, input.shape[-1:] if input.dim() else (1,), input)
     _check_operand("residual", residual, input.shape, input)
     check_generator(generator, input)
+    if input.is_nested:
+        jagged: Any = input
+        y = general(
+            jagged.values(), p, training, False, kind=kind, activation=activation, bias=bias,
+            residual=None if residual is None else residual.values(), generator=generator,
+        )  # fmt: skip
+        return torch.nested.nested_tensor_from_jagged(
+            y, jagged.offsets(), jagged.lengths(), jagged_dim=jagged._ragged_idx
+        )
     if inplace:
         check_inplace(input)
         # The input is overwritten, but its old values are what an activation's gradient needs.

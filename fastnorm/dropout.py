@@ -86,8 +86,8 @@ def dropout(
     and without any the result is `input` itself.
 
     Args:
-        input: any shape and strides; float32, float64, bfloat16 or float16 (anything where there is
-            nothing to do).
+        input: any shape and strides, or jagged; float32, float64, bfloat16 or float16 (anything
+            where there is nothing to do).
         p: probability of dropping, in [0, 1], in steps of 1/65536. 1 gives zeros and zero
             gradients.
         training: whether anything is dropped.

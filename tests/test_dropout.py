@@ -631,6 +631,24 @@ def test_subclasses_and_modes():
     assert isinstance(y, Tagged)
 
 
+@pytest.mark.parametrize("swap", [False, True])
+def test_jagged_tensors(swap):
+    parts = [torch.randn(n, 8, requires_grad=True) for n in (3, 2)]
+    x = torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+    x = x.transpose(1, 2) if swap else x
+    torch.manual_seed(0)
+    y = fastnorm.dropout(x, 0.5, activation="relu", residual=x)
+    torch.manual_seed(0)
+    values = fastnorm.dropout(x.values(), 0.5, activation="relu", residual=x.values())
+    assert y.shape == x.shape and torch.equal(y.values(), values)
+    grads = [torch.autograd.grad(v.sum(), parts, retain_graph=True) for v in (y.values(), values)]
+    assert all(map(torch.equal, *grads))
+    with pytest.raises(NotImplementedError, match="input: expected a jagged"):
+        fastnorm.dropout(x, 0.5, inplace=True)
+    with pytest.raises(NotImplementedError, match="input: expected a jagged"):
+        fastnorm.stochastic_depth(x, 0.5)
+
+
 def test_autocast_dtype():
     x = torch.randn(8, 8, dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
