@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from fastnorm import _build
 from fastnorm._checks import check_parameter
 from fastnorm._reference import accumulate_dtype
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # comes with torch; typing's from Python 3.11 on
 
 
 def recomputing() -> bool:
@@ -195,7 +198,7 @@ class RunningStatistics(_NormBase):
         """Normalizes with the running statistics and leaves them alone, in training mode too."""
         return self.use_running_stats is True and not self.update_running_stats
 
-    def freeze(self) -> Any:
+    def freeze(self) -> Self:
         """Keep the running statistics and use them, whatever `train` and `eval` say.
 
         Weight and bias keep training; set ``requires_grad_(False)`` to stop them too. Saved in the
@@ -212,7 +215,7 @@ class RunningStatistics(_NormBase):
         self.update_running_stats = False
         return self
 
-    def unfreeze(self) -> Any:
+    def unfreeze(self) -> Self:
         """Back to torch's behaviour: the batch's statistics in training mode."""
         self.use_running_stats = None
         self.update_running_stats = True

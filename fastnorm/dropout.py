@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -660,6 +660,14 @@ class DropPath(StochasticDepth):
         super().__init__(drop_prob, "row", scale_by_keep=scale_by_keep, generator=generator)
 
 
+@overload
+def drop_path_rates(
+    max_p: float, depths: int, *, stagewise: Literal[False] = False
+) -> list[float]: ...
+@overload
+def drop_path_rates(
+    max_p: float, depths: Sequence[int], *, stagewise: bool = False
+) -> list[list[float]]: ...
 def drop_path_rates(
     max_p: float, depths: int | Sequence[int], *, stagewise: bool = False
 ) -> list[float] | list[list[float]]:
