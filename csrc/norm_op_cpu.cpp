@@ -78,12 +78,6 @@ class ParameterGradient {
   A* sums_ = nullptr;
 };
 
-// Frozen statistics are a batch norm's, whose batches of one must round as the larger ones do.
-bool is_row(const NormConfig& config) {
-  const View& view = config.view;
-  return view.reduce_outer == 1 && view.tail == 1 && view.inner != 0 && !config.frozen;
-}
-
 struct CpuNorm {
   static void forward(const NormConfig& config, const at::Tensor& x, const OptionalTensor& residual,
                       const OptionalTensor& weight, const OptionalTensor& bias,
@@ -100,7 +94,7 @@ struct CpuNorm {
           config,  input_data<T>(x),      input_data<T>(residual), w.get(),
           b.get(), output_data<T>(out.y), output_data<T>(out.sum), centered ? m : nullptr,
           v};
-      is_row(config) ? row_norm_fwd(p) : column_norm_fwd(p);
+      config.is_row() ? row_norm_fwd(p) : column_norm_fwd(p);
     });
   }
 
@@ -134,7 +128,7 @@ struct CpuNorm {
                               output_data<T>(out.residual),
                               dweight.get(),
                               dbias.get()};
-      is_row(config) ? row_norm_bwd(p) : column_norm_bwd(p);
+      config.is_row() ? row_norm_bwd(p) : column_norm_bwd(p);
       dweight.finish();
       dbias.finish();
     });

@@ -25,6 +25,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -202,7 +203,7 @@ class _Progress:
         self.bar = None
         self.start = time.monotonic()
         if sys.stderr is not None and sys.stderr.isatty():
-            with contextlib.suppress(ImportError):
+            with contextlib.suppress(Exception):  # no rich, or a bar of someone else's: do without
                 self.bar = self._rich()
         if self.bar is None:
             files = f"{len(plan.sources)} file{'s' * (len(plan.sources) != 1)}"
@@ -604,11 +605,26 @@ def build(*, verbose: bool = False, force: bool = False, cuda: bool | None = Non
     """
     start = time.monotonic()
     with _mutex:
-        folder = _make(cpu_plan(), verbose, force)
+        plans = [cpu_plan()]
         cuda_folder, cuda_reason = None, "not asked for"
         if cuda is not False:
             try:
-                cuda_folder, cuda_reason = _make(cuda_plan(), verbose, force), ""
+                plans.append(cuda_plan())
+            except KernelUnavailable as error:
+                if cuda:
+                    raise
+                cuda_reason = str(error)
+        # Both at once where every file can have a core: the time is that of the longest file.
+        at_once = job_count() >= sum(len(plan.sources) for plan in plans)
+        with ThreadPoolExecutor(len(plans)) as pool:
+            cpu_made = pool.submit(_make, plans[0], verbose, force)
+            if not at_once:
+                cpu_made.result()
+            cuda_made = [pool.submit(_make, plan, verbose, force) for plan in plans[1:]]
+            folder = cpu_made.result()
+        for made in cuda_made:
+            try:
+                cuda_folder, cuda_reason = made.result(), ""
             except KernelUnavailable as error:
                 if cuda:
                     raise

@@ -68,11 +68,7 @@ def check_forward(
     weight = draw(norm.channels, parameter_dtype or dtype, 2) if affine else None
     bias = draw(norm.channels, parameter_dtype or dtype, 3) if affine else None
     r = draw(norm.numel, dtype, 4) if residual or norm.prologue else None
-    acc = norms.accumulate(dtype)
-    mean = var = None
-    if norm.frozen:
-        mean, var = draw(norm.statistics, acc, 5), draw(norm.statistics, acc, 6).abs() + 0.1
-    tensors = {"weight": weight, "bias": bias, "residual": r, "mean": mean, "var": var, "seed": 77}
+    tensors = {"weight": weight, "bias": bias, "residual": r, "seed": 77}
     ours = norms.forward(lib, "row_norm_fwd", norm, x, **tensors)
     exact = norms.reference(norm, x, **tensors, rounded_sum=ours.sum)
     # The mean and the deviation carry a rounding per level of the sum and per element of a
@@ -80,10 +76,9 @@ def check_forward(
     terms = 40.0
     condition = exact.magnitude + (weight.double().abs().max() if affine else 1.0) * 2
     close(ours.y, exact.y, condition, terms)
-    if not norm.frozen:
-        close(ours.var, exact.var, exact.var + 1, terms)
-        if norm.centered:
-            close(ours.mean, exact.mean, exact.mean.abs() + 2, terms)
+    close(ours.var, exact.var, exact.var + 1, terms)
+    if norm.centered:
+        close(ours.mean, exact.mean, exact.mean.abs() + 2, terms)
     if norm.prologue:
         total = norms.reference(norm, x, **tensors).sum
         close(ours.sum, total, total.abs() + 6, 4)
@@ -93,8 +88,7 @@ def check_forward(
         norms.assert_agree(ours.sum, cpu.sum, total.abs() + 6, 4)
         return ours
     norms.assert_agree(ours.y, cpu.y, condition, terms)
-    if not norm.frozen:
-        norms.assert_agree(ours.var, cpu.var, exact.var + 1, terms)
+    norms.assert_agree(ours.var, cpu.var, exact.var + 1, terms)
     return ours
 
 
@@ -198,17 +192,7 @@ def test_float_parameters_beside_sixteen_bit_input(
 def test_affine_by_channel(
     lib: driver.Library, dtype: torch.dtype, per_kept: int, inner: int
 ) -> None:
-    for frozen in (False, True):
-        norm = norms.Norm((2, 1, 3, per_kept * inner, inner, 1), frozen=frozen)
-        check_forward(lib, norm, dtype)
-
-
-@pytest.mark.parametrize("size", [65, 128, 1032, 40000])
-@pytest.mark.parametrize("centered", [True, False])
-def test_frozen_statistics(lib: driver.Library, size: int, centered: bool) -> None:
-    for clusters in (True, False):
-        norm = norms.Norm(norms.row_view(3, size), centered, frozen=True, clusters=clusters)
-        check_forward(lib, norm, torch.float32)
+    check_forward(lib, norms.Norm((2, 1, 3, per_kept * inner, inner, 1)), dtype)
 
 
 @pytest.mark.parametrize("size", [24, 65, 1000, 1032, 9001, 17000])
@@ -312,13 +296,10 @@ def check_backward(
     grad = draw(norm.numel, dtype, 5) if dy else None
     grad_sum = draw(norm.numel, dtype, 6) if dsum and norm.prologue else None
     grid = x.double().reshape(norm.view[0], norm.view[1], norm.view[2], norm.view[3])
-    if norm.frozen:
-        mean, var = draw(norm.statistics, acc, 7), draw(norm.statistics, acc, 8).abs() + 0.1
-    else:
-        m = grid.mean(dim=(1, 3)) if norm.centered else torch.zeros(())
-        center = m[:, None, :, None] if norm.centered else m
-        mean = m.reshape(-1).to(acc) if norm.centered else None
-        var = ((grid - center) ** 2).mean(dim=(1, 3)).reshape(-1).to(acc)
+    m = grid.mean(dim=(1, 3)) if norm.centered else torch.zeros(())
+    center = m[:, None, :, None] if norm.centered else m
+    mean = m.reshape(-1).to(acc) if norm.centered else None
+    var = ((grid - center) ** 2).mean(dim=(1, 3)).reshape(-1).to(acc)
     wanted = wanted or (True, affine, affine, residual or norm.prologue)
     tensors = {"dsum": grad_sum, "weight": weight, "bias": None if norm.prologue else bias}
     tensors |= {"residual": r, "seed": 77, "wanted": wanted}
@@ -440,11 +421,13 @@ def test_backward_of_every_row_length(
         rows = 3 if size < 600 else 1 + size % 2
         check_backward(lib, norms.Norm(norms.row_view(rows, size), centered), dtype)
         seen.add(norms.launched(lib))
-    forms = ("warp", "block", "cluster")
+    forms = ("warp", "block", "cluster", "ragged")
     assert seen == {f"row_norm_bwd, {form}; add_partial_rows" for form in forms}
 
 
-@pytest.mark.parametrize(("size", "rows"), [(8, 9000), (100, 2500), (512, 2200), (2304, 300)])
+@pytest.mark.parametrize(
+    ("size", "rows"), [(8, 9000), (100, 2500), (512, 2200), (2304, 300), (2305, 300)]
+)
 def test_backward_of_many_rows(lib: driver.Library, size: int, rows: int) -> None:
     """More rows than one turn of the persistent blocks."""
     norm = norms.Norm(norms.row_view(rows, size))
@@ -469,7 +452,7 @@ def test_backward_streaming(lib: driver.Library, dtype: torch.dtype, prologue: b
         check_backward(lib, norms.Norm(norms.row_view(1, 70000), prologue=prologue), dtype)
 
 
-@pytest.mark.parametrize("size", [8, 65, 128, 520, 1032])
+@pytest.mark.parametrize("size", [8, 65, 128, 520, 521, 1032])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("residual", [True, False])
 def test_backward_epilogues(
@@ -481,7 +464,7 @@ def test_backward_epilogues(
             check_backward(lib, norm, dtype, residual=residual)
 
 
-@pytest.mark.parametrize("size", [8, 65, 128, 1032, 9000])
+@pytest.mark.parametrize("size", [8, 65, 128, 1032, 1033, 9000])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_backward_prologue(lib: driver.Library, size: int, dtype: torch.dtype, p: float) -> None:
@@ -503,18 +486,9 @@ def test_backward_float_parameters(lib: driver.Library, dtype: torch.dtype, size
 def test_backward_affine_by_channel(
     lib: driver.Library, dtype: torch.dtype, per_kept: int, inner: int
 ) -> None:
-    for frozen in (False, True):
-        norm = norms.Norm(
-            (5, 1, 3, per_kept * inner, inner, 1), frozen=frozen, activation="silu", dropout_p=0.2
-        )
-        check_backward(lib, norm, dtype, residual=True)
-
-
-@pytest.mark.parametrize("size", [65, 128, 1032, 9000])
-@pytest.mark.parametrize("centered", [True, False])
-def test_backward_frozen_statistics(lib: driver.Library, size: int, centered: bool) -> None:
-    norm = norms.Norm(norms.row_view(3, size), centered, frozen=True)
-    check_backward(lib, norm, torch.float32)
+    view = (5, 1, 3, per_kept * inner, inner, 1)
+    norm = norms.Norm(view, activation="silu", dropout_p=0.2)
+    check_backward(lib, norm, dtype, residual=True)
 
 
 def test_backward_only_what_is_wanted(lib: driver.Library) -> None:
@@ -524,8 +498,9 @@ def test_backward_only_what_is_wanted(lib: driver.Library) -> None:
     check_backward(lib, norm, torch.float32, affine=False)
 
 
-def test_backward_with_one_stage_has_the_same_bits(lib: driver.Library) -> None:
-    norm = norms.Norm(norms.row_view(5, 1024))
+@pytest.mark.parametrize("size", [1023, 1024])
+def test_backward_with_one_stage_has_the_same_bits(lib: driver.Library, size: int) -> None:
+    norm = norms.Norm(norms.row_view(5, size))
     two = check_backward(lib, norm, torch.float32)
     one = check_backward(lib, dataclasses.replace(norm, max_shared=20 * 1024), torch.float32)
     assert torch.equal(one.dx, two.dx) and torch.equal(one.dweight, two.dweight)
@@ -565,6 +540,29 @@ def test_backward_bytes_moved(lib: driver.Library, size: int, dtype: torch.dtype
         assert kernel["load"]["bytes"] - kernel["hints"]["ld.g"] == (len(names) - 1) * element_bytes
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prologue", [True, False])
+def test_backward_of_ragged_rows_moves_packs(
+    lib: driver.Library, dtype: torch.dtype, prologue: bool
+) -> None:
+    """3 E b, with the prologue 5 E b, in 16-byte accesses but for a head and a tail of each row."""
+    for size in (2053, 5003):
+        norm = norms.Norm(norms.row_view(3, size), prologue=prologue, dropout_p=0.5 * prologue)
+        with lib.counting():
+            check_backward(lib, norm, dtype)
+            kernel, _ = lib.reports()
+        assert kernel["kernel"] == "row_norm_bwd, ragged"
+        element_bytes = norm.numel * dtype.itemsize
+        read = ["x", "dy"] + ["dsum"] * prologue
+        written = ["dx"] + ["dresidual"] * prologue
+        for name in read:
+            assert kernel["buffers"][name] == {"loaded": element_bytes, "stored": 0}
+        for name in written:
+            assert kernel["buffers"][name] == {"loaded": 0, "stored": element_bytes}
+        in_packs = kernel["widths"]["16"] * 16
+        assert in_packs >= 0.98 * len(read + written) * element_bytes
+
+
 def test_sanitizers_find_nothing() -> None:
     """One type, every kernel form, odd sizes, in a process with AddressSanitizer."""
     arguments = ("row_norm", "sanitize", ("SIMT_DTYPES=8",))
@@ -574,7 +572,7 @@ import test_simt_row_norm as t
 from simt import driver, norms
 import torch
 lib = driver.library(*{arguments!r})
-for size, shared in ((3, 0), (65, 0), (264, 0), (1032, 0), (1031, 0), (17000, 0), (7000, 6000)):
+for size, shared in ((3, 0), (65, 0), (264, 0), (1032, 0), (1031, 0), (17000, 0), (5001, 0), (7000, 6000)):
     norm = norms.Norm(norms.row_view(2, size), prologue=True, dropout_p=0.1,
                       max_shared=shared or 227 * 1024, clusters=shared == 0)
     t.check_forward(lib, norm, torch.bfloat16)

@@ -88,6 +88,12 @@ struct NormConfig {
   double weight_offset = 0.0;
   Activation activation = Activation::None;
   Dropout dropout;
+
+  // Whether the row kernels take it. Frozen statistics are a batch norm's, whose batches of one
+  // must round as the larger ones do.
+  bool is_row() const {
+    return view.reduce_outer == 1 && view.tail == 1 && view.inner != 0 && !frozen;
+  }
 };
 
 }  // namespace fastnorm

@@ -20,10 +20,6 @@ void launch_scale_gradient(T* grad, int64_t numel, const Accumulate<T>* factor,
   template void launch_cross_entropy<T>(const CrossEntropy<T>&, const DeviceLimits&, \
                                         cudaStream_t);                               \
   template void launch_scale_gradient<T>(T*, int64_t, const Accumulate<T>*, cudaStream_t);
-FASTNORM_INSTANTIATE(float)
-FASTNORM_INSTANTIATE(double)
-FASTNORM_INSTANTIATE(__half)
-FASTNORM_INSTANTIATE(__nv_bfloat16)
-#undef FASTNORM_INSTANTIATE
+FASTNORM_FOR_EACH_DTYPE(FASTNORM_INSTANTIATE)
 
 }  // namespace fastnorm::cuda

@@ -9,9 +9,7 @@ void launch_dropout(const DropoutPass<T>& p, cudaStream_t stream) {
   dropout(p, StreamLaunch{stream});
 }
 
-template void launch_dropout(const DropoutPass<float>&, cudaStream_t);
-template void launch_dropout(const DropoutPass<double>&, cudaStream_t);
-template void launch_dropout(const DropoutPass<__half>&, cudaStream_t);
-template void launch_dropout(const DropoutPass<__nv_bfloat16>&, cudaStream_t);
+#define FASTNORM_INSTANTIATE(T) template void launch_dropout(const DropoutPass<T>&, cudaStream_t);
+FASTNORM_FOR_EACH_DTYPE(FASTNORM_INSTANTIATE)
 
 }  // namespace fastnorm::cuda

@@ -43,3 +43,7 @@ struct StreamLaunch {
 };
 
 }  // namespace fastnorm::cuda
+
+// instantiate(T) for every dtype that has kernels.
+#define FASTNORM_FOR_EACH_DTYPE(instantiate) \
+  instantiate(float) instantiate(double) instantiate(__half) instantiate(__nv_bfloat16)

@@ -58,8 +58,6 @@ DeviceLimits limits_of(int device) {
 // Norms
 // -------------------------------------------------------------------------------------------
 
-bool is_row(const View& view) { return view.reduce_outer == 1 && view.tail == 1; }
-
 // Weight and bias in the input's type, or in the accumulate type.
 Parameter parameter(const OptionalTensor& t, const at::Tensor& x) {
   if (!has(t)) return {};
@@ -82,7 +80,7 @@ struct CudaNorm {
     const c10::cuda::CUDAGuard guard(x.device());
     const DeviceLimits limits = limits_of(x.device().index());
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-    const bool row = is_row(view), centered = config.statistic == Statistic::MeanVar;
+    const bool row = config.is_row(), centered = config.statistic == Statistic::MeanVar;
     const at::Tensor workspace =
         workspace_of(row ? 0 : column_norm_fwd_workspace(view, x.element_size()), x);
     visit_device_dtype(x.scalar_type(), [&](auto zero) {
@@ -120,7 +118,7 @@ struct CudaNorm {
     out.bias = per_channel(bias, mask[2]);
     const DeviceLimits limits = limits_of(x.device().index());
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-    const bool row = is_row(view), centered = config.statistic == Statistic::MeanVar;
+    const bool row = config.is_row(), centered = config.statistic == Statistic::MeanVar;
     const at::Tensor workspace =
         workspace_of(row ? row_norm_bwd_workspace(view, x.element_size())
                          : column_norm_bwd_workspace(view, x.element_size()),
@@ -243,8 +241,7 @@ void scale_gradient_op(const at::Tensor& grad, const at::Tensor& factor) {
   visit_device_dtype(grad.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     launch_scale_gradient(static_cast<T*>(grad.mutable_data_ptr()), grad.numel(),
-                          factor.const_data_ptr<Accumulate<T>>(),
-                          c10::cuda::getCurrentCUDAStream());
+                          factor.const_data_ptr<Accumulate<T>>(), stream);
   });
 }
 

@@ -230,6 +230,19 @@ FASTNORM_DEVICE void shared_store(T* p, T value) {
   shared_store(p, Pack<T, 1>{{value}});
 }
 
+// As store_values.
+template <int n, typename A>
+FASTNORM_DEVICE void shared_store_values(A* p, const A (&in)[n]) {
+  constexpr int m = n < kPackSize<A> ? n : kPackSize<A>;
+#pragma unroll
+  for (int first = 0; first < n; first += m) {
+    Pack<A, m> pack;
+#pragma unroll
+    for (int e = 0; e < m; ++e) pack.v[e] = in[first + e];
+    shared_store(p + first, pack);
+  }
+}
+
 // 4, 8 or 16 bytes; both addresses aligned to them.
 template <int n, typename T>
 FASTNORM_DEVICE void copy_async(T* shared_target, const T* source) {

@@ -133,40 +133,34 @@ __global__ __launch_bounds__(threads, 1) void row_norm_fwd_kernel(NormForward<T>
     }
   }
 
-  A mean = 0, var;
-  if (p.config.frozen) {
-    if (centered && packs > 0) mean = load(p.mean + t.row);
-    var = packs > 0 ? load(p.var + t.row) : A(0);
-    if (shape.cluster > 1) cluster_wait();
-  } else {
-    if (shape.cluster > 1) cluster_wait();
-    if (centered) {
-      A sum[1] = {0};
-#pragma unroll
-      for (int i = 0; i < items; ++i) {
-#pragma unroll
-        for (int e = 0; e < width; ++e) sum[0] += widen(x[i].v[e]);
-      }
-      row_sum(sum, shape, scratch);
-      mean = sum[0] / static_cast<A>(size);
-    }
-    A squares[1] = {0};
+  if (shape.cluster > 1) cluster_wait();
+  A mean = 0;
+  if (centered) {
+    A sum[1] = {0};
 #pragma unroll
     for (int i = 0; i < items; ++i) {
-      if (t.lane + i * t.step < packs) {
 #pragma unroll
-        for (int e = 0; e < width; ++e) {
-          const A d = widen(x[i].v[e]) - mean;
-          squares[0] += d * d;
-        }
+      for (int e = 0; e < width; ++e) sum[0] += widen(x[i].v[e]);
+    }
+    row_sum(sum, shape, scratch);
+    mean = sum[0] / static_cast<A>(size);
+  }
+  A squares[1] = {0};
+#pragma unroll
+  for (int i = 0; i < items; ++i) {
+    if (t.lane + i * t.step < packs) {
+#pragma unroll
+      for (int e = 0; e < width; ++e) {
+        const A d = widen(x[i].v[e]) - mean;
+        squares[0] += d * d;
       }
     }
-    row_sum(squares, shape, scratch + kMaxWarps + kMaxCluster);
-    var = squares[0] / static_cast<A>(size);
-    if (t.first && packs > 0) {
-      if (centered) store(p.mean + t.row, mean);
-      store(p.var + t.row, var);
-    }
+  }
+  row_sum(squares, shape, scratch + kMaxWarps + kMaxCluster);
+  const A var = squares[0] / static_cast<A>(size);
+  if (t.first && packs > 0) {
+    if (centered) store(p.mean + t.row, mean);
+    store(p.var + t.row, var);
   }
   const A rstd = A(1) / sqrt(var + static_cast<A>(p.config.eps));
 
@@ -223,31 +217,26 @@ __global__ __launch_bounds__(kRowThreads, 1) void row_norm_fwd_staged_kernel(Nor
     for (int e = 0; e < width; ++e) sum[0] += widen(x.v[e]);
   }
   if (shape.cluster > 1) cluster_wait();
-  A mean = 0, var;
-  if (p.config.frozen) {
-    if (centered) mean = load(p.mean + t.row);
-    var = load(p.var + t.row);
-  } else {
-    if (centered) {
-      row_sum(sum, shape, scratch);
-      mean = sum[0] / static_cast<A>(size);
-    }
-    A squares[1] = {0};
+  A mean = 0;
+  if (centered) {
+    row_sum(sum, shape, scratch);
+    mean = sum[0] / static_cast<A>(size);
+  }
+  A squares[1] = {0};
 #pragma unroll 4
-    for (int i = 0; i < items; ++i) {
-      const Pack<T, width> x = shared_load<width>(stage + i * distance);
+  for (int i = 0; i < items; ++i) {
+    const Pack<T, width> x = shared_load<width>(stage + i * distance);
 #pragma unroll
-      for (int e = 0; e < width; ++e) {
-        const A d = widen(x.v[e]) - mean;
-        squares[0] += d * d;
-      }
+    for (int e = 0; e < width; ++e) {
+      const A d = widen(x.v[e]) - mean;
+      squares[0] += d * d;
     }
-    row_sum(squares, shape, scratch + kMaxWarps + kMaxCluster);
-    var = squares[0] / static_cast<A>(size);
-    if (t.first) {
-      if (centered) store(p.mean + t.row, mean);
-      store(p.var + t.row, var);
-    }
+  }
+  row_sum(squares, shape, scratch + kMaxWarps + kMaxCluster);
+  const A var = squares[0] / static_cast<A>(size);
+  if (t.first) {
+    if (centered) store(p.mean + t.row, mean);
+    store(p.var + t.row, var);
   }
   const A rstd = A(1) / sqrt(var + static_cast<A>(p.config.eps));
   const bool add = p.residual != nullptr && !p.config.prologue;
@@ -279,67 +268,62 @@ __global__ __launch_bounds__(kRowThreads, 1) void row_norm_fwd_streaming_kernel(
   const Channels channels = Channels::of_row(p.config.view, t.row);
   if (shape.cluster > 1) cluster_wait();
 
-  A mean = 0, var;
-  if (p.config.frozen && !p.config.prologue) {
-    if (centered) mean = load(p.mean + t.row);
-    var = load(p.var + t.row);
-  } else {
-    Moments<A> moments;
-    for (int64_t first = t.lane; first < packs; first += int64_t{items} * t.step) {
-      Pack<T, width> x[items];
+  A mean = 0;
+  Moments<A> moments;
+  for (int64_t first = t.lane; first < packs; first += int64_t{items} * t.step) {
+    Pack<T, width> x[items];
+#pragma unroll
+    for (int i = 0; i < items; ++i) {
+      const int64_t k = first + int64_t{i} * t.step;
+      x[i] = Pack<T, width>{};
+      if (k < packs) x[i] = load<width>(p.x + base + k * width);
+    }
+    if (p.config.prologue) {
 #pragma unroll
       for (int i = 0; i < items; ++i) {
         const int64_t k = first + int64_t{i} * t.step;
-        x[i] = Pack<T, width>{};
-        if (k < packs) x[i] = load<width>(p.x + base + k * width);
+        if (k >= packs) continue;
+        const int64_t index = base + k * width;
+        x[i] = add_dropped(x[i], load_streaming<width>(p.residual + index), drop, index);
+        store(p.sum + index, x[i]);
       }
-      if (p.config.prologue) {
-#pragma unroll
-        for (int i = 0; i < items; ++i) {
-          const int64_t k = first + int64_t{i} * t.step;
-          if (k >= packs) continue;
-          const int64_t index = base + k * width;
-          x[i] = add_dropped(x[i], load_streaming<width>(p.residual + index), drop, index);
-          store(p.sum + index, x[i]);
-        }
-      }
-      const int64_t there = (packs - first + t.step - 1) / t.step;
-      Moments<A> chunk;
-      chunk.count = static_cast<A>((there < items ? there : items) * width);
-      if (centered) {
-#pragma unroll
-        for (int i = 0; i < items; ++i) {
-#pragma unroll
-          for (int e = 0; e < width; ++e) chunk.mean += widen(x[i].v[e]);
-        }
-        chunk.mean /= chunk.count;
-      }
+    }
+    const int64_t there = (packs - first + t.step - 1) / t.step;
+    Moments<A> chunk;
+    chunk.count = static_cast<A>((there < items ? there : items) * width);
+    if (centered) {
 #pragma unroll
       for (int i = 0; i < items; ++i) {
-        if (first + int64_t{i} * t.step < packs) {
 #pragma unroll
-          for (int e = 0; e < width; ++e) {
-            const A d = widen(x[i].v[e]) - chunk.mean;
-            chunk.m2 += d * d;
-          }
+        for (int e = 0; e < width; ++e) chunk.mean += widen(x[i].v[e]);
+      }
+      chunk.mean /= chunk.count;
+    }
+#pragma unroll
+    for (int i = 0; i < items; ++i) {
+      if (first + int64_t{i} * t.step < packs) {
+#pragma unroll
+        for (int e = 0; e < width; ++e) {
+          const A d = widen(x[i].v[e]) - chunk.mean;
+          chunk.m2 += d * d;
         }
       }
-      moments.merge(chunk);
     }
-    // sum over threads of m2 + count (mean_thread - mean)^2, the mean being the merged one.
-    if (centered) {
-      A sum[1] = {moments.mean * moments.count};
-      row_sum(sum, shape, scratch);
-      mean = sum[0] / static_cast<A>(size);
-    }
-    const A delta = moments.mean - mean;
-    A squares[1] = {moments.m2 + moments.count * delta * delta};
-    row_sum(squares, shape, scratch + kMaxWarps + kMaxCluster);
-    var = squares[0] / static_cast<A>(size);
-    if (t.first) {
-      if (centered) store(p.mean + t.row, mean);
-      store(p.var + t.row, var);
-    }
+    moments.merge(chunk);
+  }
+  // sum over threads of m2 + count (mean_thread - mean)^2, the mean being the merged one.
+  if (centered) {
+    A sum[1] = {moments.mean * moments.count};
+    row_sum(sum, shape, scratch);
+    mean = sum[0] / static_cast<A>(size);
+  }
+  const A delta = moments.mean - mean;
+  A squares[1] = {moments.m2 + moments.count * delta * delta};
+  row_sum(squares, shape, scratch + kMaxWarps + kMaxCluster);
+  const A var = squares[0] / static_cast<A>(size);
+  if (t.first) {
+    if (centered) store(p.mean + t.row, mean);
+    store(p.var + t.row, var);
   }
   const A rstd = A(1) / sqrt(var + static_cast<A>(p.config.eps));
 

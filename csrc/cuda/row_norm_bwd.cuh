@@ -2,8 +2,7 @@
 // and g = h * (weight + offset):
 //
 //   h = activation'(xhat * w + bias + residual) * dropout(dy)       (prologue: h = dy)
-//   dx = rstd * (g - mean(g) - xhat * mean(g * xhat))               (MeanSquare: no mean(g);
-//                                                                    frozen: dx = rstd * g)
+//   dx = rstd * (g - mean(g) - xhat * mean(g * xhat))               (MeanSquare: no mean(g))
 //   dresidual = h;  dweight = sum over rows of h * xhat;  dbias = sum over rows of h
 //   prologue: ds = dx + dsum;  dresidual = ds;  dx = dropout(ds)
 //
@@ -162,9 +161,9 @@ __global__ __launch_bounds__(kBackwardThreads) void row_norm_bwd_kernel(NormBack
       }
       if (!p.config.prologue && p.dresidual != nullptr) store(p.dresidual + index, narrow<T>(h));
     }
-    if (!p.config.frozen) row_sum(sum, shape.row, scratch + turn * kRowScratch);
-    const A mean_g = p.config.frozen || !centered ? A(0) : sum[0] / static_cast<A>(size);
-    const A mean_gx = p.config.frozen ? A(0) : sum[1] / static_cast<A>(size);
+    row_sum(sum, shape.row, scratch + turn * kRowScratch);
+    const A mean_g = centered ? sum[0] / static_cast<A>(size) : A(0);
+    const A mean_gx = sum[1] / static_cast<A>(size);
     if (p.dx == nullptr && (!p.config.prologue || p.dresidual == nullptr)) continue;
 #pragma unroll
     for (int i = 0; i < items; ++i) {
@@ -207,10 +206,7 @@ __global__ __launch_bounds__(kBackwardThreads) void row_norm_bwd_kernel(NormBack
     for (int i = 0; i < items; ++i) {
       const int k = t.lane + i * t.step;
       if (k >= packs) continue;
-#pragma unroll
-      for (int e = 0; e < width; ++e) {
-        shared_store(own + k * width + e, which == 0 ? dweight[i][e] : dbias[i][e]);
-      }
+      shared_store_values(own + k * width, which == 0 ? dweight[i] : dbias[i]);
     }
     __syncthreads();
     for (int c = static_cast<int>(threadIdx.x); c < columns; c += static_cast<int>(blockDim.x)) {
@@ -277,9 +273,9 @@ __global__ __launch_bounds__(kBackwardThreads,
       store_values(slot[0], dweight);
       store_values(slot[1], dbias);
     }
-    if (!p.config.frozen) row_sum(sum, shape.row, scratch + turn * kRowScratch);
-    const A mean_g = p.config.frozen || !centered ? A(0) : sum[0] / static_cast<A>(size);
-    const A mean_gx = p.config.frozen ? A(0) : sum[1] / static_cast<A>(size);
+    row_sum(sum, shape.row, scratch + turn * kRowScratch);
+    const A mean_g = centered ? sum[0] / static_cast<A>(size) : A(0);
+    const A mean_gx = sum[1] / static_cast<A>(size);
     if (p.dx == nullptr && (!p.config.prologue || p.dresidual == nullptr)) continue;
     for (int64_t k = t.lane; k < packs; k += t.step) {
       A weight[width], xhat[width], h[width];
@@ -348,36 +344,6 @@ BackwardShape row_norm_bwd_of_width(const NormBackward<T>& p, const DeviceLimits
                                : "row_norm_bwd, warp",
          LaunchShape{grid, threads, shared, cluster}, row_norm_bwd_kernel<T, width>, p, shape);
   return shape;
-}
-
-template <typename T, typename Launch>
-void row_norm_bwd(const NormBackward<T>& p, const DeviceLimits& device, Launch&& launch) {
-  using A = Accumulate<T>;
-  const View& view = p.config.view;
-  constexpr int width = kPackSize<T>;
-  const bool packs =
-      view.reduce_inner % width == 0 &&
-      aligned_to_16({p.x, p.dy, p.dsum, p.residual, p.weight.data, p.bias.data, p.dx, p.dresidual});
-  const bool sums = p.dweight != nullptr || p.dbias != nullptr;
-  int64_t groups = 0;
-  if (view.numel() > 0) {
-    groups = packs ? row_norm_bwd_of_width<width>(p, device, launch).groups
-                   : row_norm_bwd_of_width<1>(p, device, launch).groups;
-  }
-  const int64_t channels = view.channels();
-  if (!sums || channels == 0) return;
-  if (!parameters_by_column(view) && view.numel() > 0) {
-    groups = channel_chunks(view);
-    launch("channel_gradients",
-           LaunchShape{static_cast<unsigned>(channels * groups), kChannelThreads,
-                       2 * kMaxWarps * sizeof(A)},
-           channel_gradients_kernel<T>, p, groups);
-  }
-  // Without rows the sums are zero, which this kernel stores as well.
-  const int64_t tiles = (channels + kTile - 1) / kTile;
-  launch("add_partial_rows",
-         LaunchShape{static_cast<unsigned>(2 * tiles), kTile * kTile, kTile * kTile * sizeof(A)},
-         add_partial_rows_kernel<T>, p, groups, channels);
 }
 
 }  // namespace fastnorm::cuda

@@ -52,26 +52,21 @@ __global__ __launch_bounds__(kRowThreads, 1) void row_norm_fwd_ragged_kernel(Nor
     __syncthreads();
   }
   if (shape.cluster > 1) cluster_wait();
-  A mean = 0, var;
-  if (p.config.frozen) {
-    if (centered) mean = load(p.mean + row);
-    var = load(p.var + row);
-  } else {
-    if (centered) {
-      row_sum(sum, shape, scratch);
-      mean = sum[0] / static_cast<A>(size);
-    }
-    A squares[1] = {0};
-    for (int j = thread; j < run.count; j += threads) {
-      const A d = widen(shared_load(stage + run.skew + j)) - mean;
-      squares[0] += d * d;
-    }
-    row_sum(squares, shape, scratch + kMaxWarps + kMaxCluster);
-    var = squares[0] / static_cast<A>(size);
-    if (thread == 0 && first == 0) {
-      if (centered) store(p.mean + row, mean);
-      store(p.var + row, var);
-    }
+  A mean = 0;
+  if (centered) {
+    row_sum(sum, shape, scratch);
+    mean = sum[0] / static_cast<A>(size);
+  }
+  A squares[1] = {0};
+  for (int j = thread; j < run.count; j += threads) {
+    const A d = widen(shared_load(stage + run.skew + j)) - mean;
+    squares[0] += d * d;
+  }
+  row_sum(squares, shape, scratch + kMaxWarps + kMaxCluster);
+  const A var = squares[0] / static_cast<A>(size);
+  if (thread == 0 && first == 0) {
+    if (centered) store(p.mean + row, mean);
+    store(p.var + row, var);
   }
   const A rstd = A(1) / sqrt(var + static_cast<A>(p.config.eps));
 #pragma unroll 2

@@ -1,5 +1,5 @@
 // Entry points of the row kernels.
-#include "cuda/row_norm_bwd.cuh"
+#include "cuda/row_norm_bwd_ragged.cuh"
 #include "cuda/row_norm_ragged.cuh"
 #include "norm_entry.h"
 

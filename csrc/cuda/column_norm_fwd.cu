@@ -1,0 +1,22 @@
+// Launches of the column kernels, forward.
+#include "cuda/launch.h"
+#include "cuda/pixel_norm.cuh"
+
+namespace fastnorm::cuda {
+
+size_t column_norm_fwd_workspace(const View& view, size_t element_size) {
+  return column_norm_fwd_workspace_bytes(view, element_size);
+}
+
+template <typename T>
+void launch_column_norm_fwd(const NormForward<T>& p, const DeviceLimits& device,
+                            cudaStream_t stream) {
+  if (p.config.view.inner == 0) return pixel_norm_fwd(p, device, StreamLaunch{stream});
+  column_norm_fwd(p, StreamLaunch{stream});
+}
+
+#define FASTNORM_INSTANTIATE(T) \
+  template void launch_column_norm_fwd<T>(const NormForward<T>&, const DeviceLimits&, cudaStream_t);
+FASTNORM_FOR_EACH_DTYPE(FASTNORM_INSTANTIATE)
+
+}  // namespace fastnorm::cuda
