@@ -51,6 +51,22 @@ struct PixelThread {
   }
 };
 
+// Where values of the pixels of a block lie in shared memory: of each row of threads its elements
+// 0, then its elements 1, ..., and a gap. So neither the threads of a warp, in one row or in
+// several, nor threads that take one pixel each share a bank.
+struct PixelPlaces {
+  int lanes, pitch;
+
+  FASTNORM_DEVICE PixelPlaces(const PixelTiling& t, int n)
+      : lanes(t.lanes), pitch((n + 1) * lanes) {}
+  static int count(int n) { return kPixelThreads * (n + 1); }
+  FASTNORM_DEVICE int of(const PixelThread& me, int e) const {
+    return me.row * pitch + result(me, e);
+  }
+  // In row 0.
+  FASTNORM_DEVICE int result(const PixelThread& me, int e) const { return e * lanes + me.lane; }
+};
+
 // x and residual, or x, dy and residual, of one row of a pass; from shared memory if they are
 // there.
 template <typename T, int n>
@@ -74,9 +90,10 @@ __global__ __launch_bounds__(kPixelThreads) void pixel_norm_fwd_kernel(NormForwa
   const PixelThread me(v, t, n, blockIdx.x);
   const bool centered = p.config.statistic == Statistic::MeanVar;
   const int threads = static_cast<int>(blockDim.x), pixels = t.lanes * n;
-  A* means = reinterpret_cast<A*>(dynamic_shared());  // [rows][pixels], then row 0: the result
-  A* squares = means + threads * n;
-  const PixelStage<T, n> stage(squares + threads * n, t.per_thread);
+  const PixelPlaces places(t, n);
+  A* means = reinterpret_cast<A*>(dynamic_shared());  // by row of threads, then row 0: the result
+  A* squares = means + PixelPlaces::count(n);
+  const PixelStage<T, n> stage(squares + PixelPlaces::count(n), t.per_thread);
   const int64_t channels = v.reduce_outer;
   const int64_t first = (me.o * channels + me.row) * v.kept + me.pixel;
   const int64_t stride = t.rows * v.kept;
@@ -115,44 +132,44 @@ __global__ __launch_bounds__(kPixelThreads) void pixel_norm_fwd_kernel(NormForwa
 #pragma unroll
     for (int e = 0; e < n; ++e) base[e] = A(0);
     if (centered && items > 0) widen(load<n>(p.x + top + me.pixel), base);
-    const int place = me.row * pixels + me.lane * n;
 #pragma unroll
     for (int e = 0; e < n; ++e) {
       const A excess = centered ? sum[e] * (sum[e] / count) : A(0);
-      shared_store(means + place + e, centered ? shift[e] - base[e] + sum[e] / count : A(0));
-      shared_store(squares + place + e, square[e] < excess ? A(0) : square[e] - excess);
+      const int place = places.of(me, e);
+      shared_store(means + place, centered ? shift[e] - base[e] + sum[e] / count : A(0));
+      shared_store(squares + place, square[e] < excess ? A(0) : square[e] - excess);
     }
     __syncthreads();
     const int filled = static_cast<int>(t.rows < channels ? t.rows : channels);
-    const int64_t begin = me.pixel - me.lane * n;
     for (int j = static_cast<int>(threadIdx.x); j < pixels; j += threads) {
       const auto count_of = [&](int r) { return static_cast<A>(rows_of(r)); };
       A m = A(0), m2 = A(0);
       if (centered) {
 #pragma unroll 4
-        for (int r = 0; r < filled; ++r) m += count_of(r) * shared_load(means + r * pixels + j);
+        for (int r = 0; r < filled; ++r) {
+          m += count_of(r) * shared_load(means + r * places.pitch + j);
+        }
         m /= static_cast<A>(channels);
       }
 #pragma unroll 4
       for (int r = 0; r < filled; ++r) {
-        const A d = shared_load(means + r * pixels + j) - m;
-        m2 += shared_load(squares + r * pixels + j) + count_of(r) * d * d;
-      }
-      const A var = m2 / static_cast<A>(channels);
-      if (centered && begin + j < v.kept) m += widen(load(p.x + top + begin + j));
-      if (begin + j < v.kept) {
-        if (centered) store(p.mean + me.o * v.kept + begin + j, m);
-        store(p.var + me.o * v.kept + begin + j, var);
+        const A d = shared_load(means + r * places.pitch + j) - m;
+        m2 += shared_load(squares + r * places.pitch + j) + count_of(r) * d * d;
       }
       shared_store(means + j, m);
-      const A inverse = A(1) / sqrt(var + static_cast<A>(p.config.eps));
-      shared_store(squares + j, inverse);
+      shared_store(squares + j, m2 / static_cast<A>(channels));
     }
     __syncthreads();
+    A var[n];
 #pragma unroll
     for (int e = 0; e < n; ++e) {
-      mean[e] = shared_load(means + me.lane * n + e);
-      rstd[e] = shared_load(squares + me.lane * n + e);
+      mean[e] = shared_load(means + places.result(me, e)) + base[e];
+      var[e] = shared_load(squares + places.result(me, e));
+      rstd[e] = A(1) / sqrt(var[e] + static_cast<A>(p.config.eps));
+    }
+    if (me.row == 0 && me.here) {
+      if (centered) store_values(p.mean + statistic, mean);
+      store_values(p.var + statistic, var);
     }
   }
 
@@ -197,9 +214,10 @@ __global__ __launch_bounds__(kPixelThreads, 1) void pixel_norm_bwd_kernel(NormBa
   const bool frozen = p.config.frozen, parameters = p.dweight != nullptr || p.dbias != nullptr;
   const bool activated = p.config.activation != Activation::None;
   const bool add = activated && p.residual != nullptr;
-  A* sums_gx = reinterpret_cast<A*>(dynamic_shared());  // [rows][pixels], then row 0: c
-  A* sums_g = sums_gx + threads * n;                    // and e
-  A* row_sums = sums_g + threads * n;                   // [2][channels], if shared_sums
+  const PixelPlaces places(t, n);
+  A* sums_gx = reinterpret_cast<A*>(dynamic_shared());  // by row of threads, then row 0: c
+  A* sums_g = sums_gx + PixelPlaces::count(n);          // and e
+  A* row_sums = sums_g + PixelPlaces::count(n);         // [2][channels], if shared_sums
   A* partial = reinterpret_cast<A*>(p.workspace);       // [2][groups][channels]
   const PixelStage<T, n> stage(row_sums + (t.shared_sums ? ceil_div(2 * channels, 4) * 4 : 0),
                                t.per_thread);
@@ -297,19 +315,18 @@ __global__ __launch_bounds__(kPixelThreads, 1) void pixel_norm_bwd_kernel(NormBa
       }
       if (pass == 1 || frozen) continue;
       __syncthreads();  // c and e of the task before have been read
-      const int place = me.row * pixels + me.lane * n;
 #pragma unroll
       for (int e = 0; e < n; ++e) {
-        shared_store(sums_gx + place + e, gx[e]);
-        shared_store(sums_g + place + e, g[e]);
+        shared_store(sums_gx + places.of(me, e), gx[e]);
+        shared_store(sums_g + places.of(me, e), g[e]);
       }
       __syncthreads();
       for (int j = static_cast<int>(threadIdx.x); j < pixels; j += threads) {
         A sum[2] = {0, 0};
 #pragma unroll 4
         for (int r = 0; r < t.rows; ++r) {
-          sum[0] += shared_load(sums_gx + r * pixels + j);
-          sum[1] += shared_load(sums_g + r * pixels + j);
+          sum[0] += shared_load(sums_gx + r * places.pitch + j);
+          sum[1] += shared_load(sums_g + r * places.pitch + j);
         }
         shared_store(sums_gx + j, sum[0] / static_cast<A>(channels));
         shared_store(sums_g + j, p.mean == nullptr ? A(0) : sum[1] / static_cast<A>(channels));
@@ -317,8 +334,8 @@ __global__ __launch_bounds__(kPixelThreads, 1) void pixel_norm_bwd_kernel(NormBa
       __syncthreads();
 #pragma unroll
       for (int e = 0; e < n; ++e) {
-        c[e] = shared_load(sums_gx + me.lane * n + e);
-        e_[e] = shared_load(sums_g + me.lane * n + e);
+        c[e] = shared_load(sums_gx + places.result(me, e));
+        e_[e] = shared_load(sums_g + places.result(me, e));
       }
     }
   }
@@ -336,7 +353,7 @@ void pixel_norm_fwd_of_width(const NormForward<T>& p, const DeviceLimits& device
   using A = Accumulate<T>;
   const View& v = p.config.view;
   PixelTiling t = PixelTiling::of(v, n, false);
-  size_t shared = size_t{2} * kPixelThreads * n * sizeof(A);
+  size_t shared = size_t{2} * PixelPlaces::count(n) * sizeof(A);
   const size_t stage = static_cast<size_t>(t.per_thread) * kPixelThreads * n * sizeof(T);
   t.staged = !p.config.frozen && shared + stage <= device.max_shared;
   if (t.staged) shared += stage;
@@ -372,7 +389,7 @@ void pixel_norm_bwd_of_width(const NormBackward<T>& p, const DeviceLimits& devic
   using A = Accumulate<T>;
   const View& v = p.config.view;
   PixelTiling t = PixelTiling::of(v, n, true);
-  size_t shared = size_t{2} * kPixelThreads * n * sizeof(A);
+  size_t shared = size_t{2} * PixelPlaces::count(n) * sizeof(A);
   const size_t sums = static_cast<size_t>(ceil_div(2 * v.channels(), 4) * 4) * sizeof(A);
   const size_t stage =
       size_t{2} * static_cast<size_t>(t.per_thread) * kPixelThreads * n * sizeof(T);
