@@ -51,8 +51,9 @@ def measurements(device: str, quick: bool) -> list[dict[str, Any]]:
             step()
 
     step()
+    seconds = 0.5 if quick else 2.0 if device == "cuda" else 10.0
     calls = {"torch": step, "fastnorm": watched}
-    samples, _ = interleave(Timer(device, host=False), calls, 0.5 if quick else 10.0, 5)
+    samples, _ = interleave(Timer(device, host=False), calls, seconds, 5)
     medians = {who: statistics.median(times) for who, times in samples.items()}
     return [{"name": "training step, ActivationStats", "unit": "s", **medians}]
 

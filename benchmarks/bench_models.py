@@ -112,6 +112,7 @@ def measurements(device: str, quick: bool) -> list[dict[str, Any]]:
     except ImportError:
         return []
     rows = []
+    seconds = 1.0 if quick or device == "cuda" else 6.0
     for name in list(MODELS)[:1] if quick else MODELS:
         original, inputs = make(name, device)
         replaced, fused = copy.deepcopy(original), copy.deepcopy(original)
@@ -124,7 +125,7 @@ def measurements(device: str, quick: bool) -> list[dict[str, Any]]:
             calls = {who: step(model, inputs) for who, model in contenders.items()}
             for call in calls.values():
                 call()
-            samples, _ = interleave(Timer(device, False), calls, 1.0 if quick else 6.0, 5)
+            samples, _ = interleave(Timer(device, False), calls, seconds, 5)
         torchs = samples.pop("torch")
         for who, times in samples.items():
             more = f" ({len(report.fused)} norms)" if who == "fused" else ""

@@ -129,8 +129,9 @@ def import_times(quick: bool) -> dict[str, Any]:
 
 
 def measurements(device: str, quick: bool) -> list[dict[str, Any]]:
-    """Imports, and the calls that are no cells."""
-    return [import_times(quick), *call_times(device, quick)]
+    """Imports, which no device changes, and the calls that are no cells."""
+    imports = [import_times(quick)] if device == "cpu" else []
+    return [*imports, *call_times(device, quick)]
 
 
 if __name__ == "__main__":

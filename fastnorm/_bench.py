@@ -21,6 +21,7 @@ to 64 KiB, where the host's time per call is what a user waits for, and that is 
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -464,12 +465,16 @@ def run(
     seconds: float = 0.5,
     compile: bool = False,
     minutes: float = math.inf,
+    checkpoint: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:
     """Measures every cell. Those that would start after ``minutes`` are counted in ``skipped``.
 
+    ``checkpoint`` gets what there is every half minute: a run may be ended from outside.
+
     Returns:
         ``version``, ``machine`` (:func:`machine_facts`), ``cells`` (:func:`measure`), ``skipped``,
-        and an empty list of ``measurements`` for what is not a cell: import time, memory.
+        ``broken`` (the cell that ended the run, and why, or None), and an empty list of
+        ``measurements`` for what is not a cell: import time, memory.
     """
     _build.load_cuda() if device == "cuda" else _build.load()
     start = time.monotonic()
@@ -478,21 +483,41 @@ def run(
         "machine": machine_facts(device),
         "cells": [],
         "skipped": 0,
+        "broken": None,
         "measurements": [],
     }
-    # Fresh pages first: a heap that has grown serves large tensors from what is free in it.
-    order = sorted(range(len(cells)), key=lambda i: cells[i].pages != "fresh")
+    # Fresh pages first: a heap that has grown serves large tensors from what is free in it. On CUDA
+    # the ops take turns, and cells that wait for a compiler come last, so that a run out of time
+    # has something of everything.
+    turns: collections.Counter[str] = collections.Counter()
+    keys = []
+    for cell in cells:
+        turns[cell.op] += 1
+        turn = (cell.compile, turns[cell.op]) if device == "cuda" else ()
+        keys.append((cell.pages != "fresh", turn))
+    order = sorted(range(len(cells)), key=keys.__getitem__)
     records: dict[int, dict[str, Any]] = {}
+    saved = start
     with pages("fresh"), progress(len(cells), "cells") as step:
         for i in order:
             cell = cells[i]
             shape = format_shape(cell.shape, cell.layout)
             step(f"{cell.op} {shape} {cell.dtype} {cell.direction}")
-            if time.monotonic() - start > 60 * minutes:
+            if results["broken"] or time.monotonic() - start > 60 * minutes:
                 results["skipped"] += 1
-            else:
-                records[i] = measure(cell, device, seconds, compile)
-    results["cells"] = [records[i] for i in sorted(records)]
+                continue
+            records[i] = measure(cell, device, seconds, compile)
+            results["cells"] = [records[i] for i in sorted(records)]
+            if device == "cuda":
+                try:
+                    torch.cuda.synchronize()
+                except RuntimeError as error:  # such an error stays with the process
+                    results["broken"] = (
+                        f"{cell.op} {shape} {cell.dtype}: {str(error).splitlines()[0]}"
+                    )
+            if time.monotonic() - saved > 30:
+                saved = time.monotonic()
+                checkpoint(results)
     return results
 
 

@@ -184,6 +184,8 @@ def closing_lines(results: dict[str, Any]) -> list[str]:
         )
     if results["machine"]["runs"] != "kernel":
         lines.append("fastnorm ran plain PyTorch, not its kernels; fastnorm.status() says why")
+    if results.get("broken"):
+        lines.append(f"THE DEVICE FAILED, and the run ended there: {results['broken']}")
     if results["skipped"]:
         lines.append(f"{results['skipped']} cells not measured: the time given was over")
     wrong = sum(cell["wrong"] for cell in results["cells"])

@@ -7,8 +7,8 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
-import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -60,6 +60,9 @@ FORMS = {
     "columns": (batch_nhwc(1100, 16), "column_norm_fwd, moments"),
     "short planes": (batch_nchw(15, 3, 49), "column_norm_fwd, resident"),
     "tiles that split planes": (batch_nchw(9, 11, 275), "column_norm_fwd, moments"),
+    "planes, resident": (batch_nchw(5, 3, 784), "plane_resident_fwd"),
+    "planes, cluster": (batch_nchw(16, 1, 796), "plane_resident_fwd"),
+    "groups of planes": ((2, 1, 2, 4 * 202, 202, 1), "plane_resident_fwd"),
     "planes": (batch_nchw(5, 3, 784), "plane_norm_fwd, moments"),
     "parts of planes": (batch_nchw(2, 1, 16501), "plane_norm_fwd, moments"),
     "groups, resident": (group_nhwc(3, 16, 4, 6), "column_norm_fwd, resident"),
@@ -68,6 +71,15 @@ FORMS = {
     "pixels": (pixel_nchw(2, 96, 64), "pixel_norm_fwd, staged"),
     "pixels, ragged": (pixel_nchw(2, 37, 49), "pixel_norm_fwd, staged"),
 }
+# No room for a plane: the streaming form's device.
+SMALL = {"clusters": False, "max_shared": 4096}
+
+
+def form_norm(form: str, **options: Any) -> norms.Norm:
+    device = SMALL if form in ("tiles that split planes", "planes", "parts of planes") else {}
+    return norms.Norm(FORMS[form][0], **device, **options)
+
+
 RAGGED = [
     *(batch_nhwc(rows, c) for rows in (2, 3, 65) for c in (1, 3, 65, 257)),
     *(batch_nhwc(rows, c) for rows, c in ((521, 1), (521, 65), (33, 1029), (17, 4099), (18, 2052))),
@@ -100,9 +112,9 @@ def close(ours: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor, term
 
 
 def workspace(lib: driver.Library, norm: norms.Norm, dtype: torch.dtype, backward: bool) -> int:
-    view = np.array(norm.view, dtype=np.int64)
-    pointer = ctypes.c_void_p(view.ctypes.data)
-    return lib.lib.column_norm_workspace(pointer, dtype.itemsize, int(backward))
+    integers, reals = norm.arrays()
+    pointers = (ctypes.c_void_p(a.ctypes.data) for a in (integers, reals))
+    return lib.lib.column_norm_workspace(norms.DTYPES[dtype], *pointers, int(backward))
 
 
 def entry(norm: norms.Norm, direction: str) -> str:
@@ -284,22 +296,23 @@ class Case:
     ],
 )
 def test_forms(lib: driver.Library, form: str, dtype: torch.dtype, centered: bool) -> None:
-    view, first = FORMS[form]
-    case = Case(norms.Norm(view, centered), dtype)
+    first = FORMS[form][1]
+    case = Case(form_norm(form, centered=centered), dtype)
     case.check_forward(lib)
     if dtype in TWO:
         assert norms.launched(lib).startswith(first)
     case.check_backward(lib)
     if dtype in TWO and "resident" in first:
-        assert norms.launched(lib) == "column_norm_bwd, resident; add_samples"
+        assert norms.launched(lib) == first.replace("fwd", "bwd") + "; add_samples"
 
 
 @pytest.mark.parametrize("dtype", TWO)
 def test_ragged_sizes(lib: driver.Library, dtype: torch.dtype) -> None:
     for view in RAGGED[:: 2 if dtype == torch.float32 else 1]:
-        case = Case(norms.Norm(view), dtype)
-        case.check_forward(lib)
-        case.check_backward(lib)
+        for device in ({}, SMALL) if view[4] >= 512 else ({},):
+            case = Case(norms.Norm(view, **device), dtype)
+            case.check_forward(lib)
+            case.check_backward(lib)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -308,9 +321,7 @@ def test_epilogues(lib: driver.Library, form: str) -> None:
     if form in ("columns, resident", "pixels, ragged"):
         runs = list(itertools.product(norms.ACTIVATIONS, TWO, (True, False)))
     for activation, dtype, residual in runs:
-        norm = norms.Norm(
-            FORMS[form][0], activation=activation, dropout_p=0.3, weight_offset=0.5 * residual
-        )
+        norm = form_norm(form, activation=activation, dropout_p=0.3, weight_offset=0.5 * residual)
         case = Case(norm, dtype, residual=residual)
         case.check_forward(lib)
         case.check_backward(lib)
@@ -319,7 +330,7 @@ def test_epilogues(lib: driver.Library, form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_frozen_statistics(lib: driver.Library, form: str) -> None:
     for centered, activation in ((True, "relu"), (False, "none")):
-        norm = norms.Norm(FORMS[form][0], centered, frozen=True, activation=activation)
+        norm = form_norm(form, centered=centered, frozen=True, activation=activation)
         case = Case(norm, torch.bfloat16, residual=centered)
         case.check_forward(lib)
         assert ";" not in norms.launched(lib)
@@ -350,12 +361,15 @@ def test_shorter_last_block(lib: driver.Library, view: norms.View, dtype: torch.
 
 @pytest.mark.parametrize("form", FORMS)
 def test_only_what_is_wanted(lib: driver.Library, form: str) -> None:
-    norm = norms.Norm(FORMS[form][0], activation="gelu")
+    norm = form_norm(form, activation="gelu")
     case = Case(norm, torch.float32, residual=True)
     all_wanted = list(itertools.product((False, True), repeat=4))[1:]
     some = (True, False, False, False), (False, True, True, False), (False, False, False, True)
     for wanted in all_wanted if form == "groups, resident" else some:
         case.check_backward(lib, wanted)
+    kept = Case(form_norm(form, activation="relu"), torch.bfloat16, residual=True)
+    for wanted in (True, True, True, True), (True, False, False, True), (False, True, True, True):
+        kept.check_backward(lib, wanted)
     plain = Case(norm, torch.float32, affine=False)
     plain.check_forward(lib)
     plain.check_backward(lib)
@@ -363,7 +377,7 @@ def test_only_what_is_wanted(lib: driver.Library, form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_float_parameters(lib: driver.Library, form: str) -> None:
-    norm = norms.Norm(FORMS[form][0], activation="silu")
+    norm = form_norm(form, activation="silu")
     for dtype in (torch.float16, torch.bfloat16):
         case = Case(norm, dtype, parameter_dtype=torch.float32)
         case.check_forward(lib)
@@ -372,7 +386,7 @@ def test_float_parameters(lib: driver.Library, form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_orders_give_the_same_bits(lib: driver.Library, form: str) -> None:
-    case = Case(norms.Norm(FORMS[form][0], dropout_p=0.1), torch.bfloat16)
+    case = Case(form_norm(form, dropout_p=0.1), torch.bfloat16)
     results = []
     for order in driver.ORDERS:
         with lib.order(order):
@@ -391,6 +405,7 @@ def test_orders_give_the_same_bits(lib: driver.Library, form: str) -> None:
         *(group_nhwc(3, p, g, c) for p, g, c in ((16, 4, 6), (230, 8, 10), (331, 3, 5))),
         pixel_nchw(3, 65, 49),
         pixel_nchw(3, 96, 64),
+        (3, 1, 4, 3 * 794, 794, 1),
     ],
     ids=str,
 )
@@ -426,7 +441,7 @@ def test_a_sample_has_the_same_bits_in_any_batch(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_misaligned_pointers(lib: driver.Library, form: str) -> None:
-    norm = norms.Norm(FORMS[form][0], dropout_p=0.2)
+    norm = form_norm(form, dropout_p=0.2)
     case = Case(norm, torch.bfloat16)
     aligned = case.check_forward(lib), case.check_backward(lib)
     case.x = torch.cat([case.x[:1], case.x])[1:]
@@ -438,7 +453,7 @@ def test_misaligned_pointers(lib: driver.Library, form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mean", [1e2, 1e4])
 def test_large_means(lib: driver.Library, form: str, mean: float) -> None:
-    case = Case(norms.Norm(FORMS[form][0]), torch.float32, mean=mean)
+    case = Case(form_norm(form), torch.float32, mean=mean)
     ours = case.forward(lib)
     # A few roundings, and those of the mean of each chunk, 6e-8 |mean|, against its distance of
     # a small part of a standard deviation from the others. E[x^2] - E[x]^2 is off by mean^2 6e-8.
@@ -448,7 +463,7 @@ def test_large_means(lib: driver.Library, form: str, mean: float) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_equal_elements_have_no_variance(lib: driver.Library, form: str) -> None:
-    case = Case(norms.Norm(FORMS[form][0]), torch.float32)
+    case = Case(form_norm(form), torch.float32)
     case.x = torch.full_like(case.x, 0.1)
     ours = case.forward(lib)
     assert (ours.mean == case.x[0]).all() and (ours.var == 0).all()
@@ -491,7 +506,8 @@ def check_moved(lib: driver.Library, names: tuple[str, ...], expected: int) -> N
 BYTES = {
     batch_nhwc(32, 64): (3, 5, 3),
     batch_nhwc(300, 64): (3, 5, 3),
-    batch_nchw(8, 4, 784): (3, 5, 3),
+    batch_nchw(8, 4, 784): (2, 3, 3),
+    (2, 1, 4, 8 * 256, 256, 1): (2, 3, 3),
     group_nhwc(1, 300, 8, 8): (3, 5, 3),
     pixel_nchw(1, 768, 32): (2, 3, 3),
 }
@@ -515,3 +531,18 @@ def test_bytes_moved(lib: driver.Library, view: norms.View, dtype: torch.dtype) 
                 assert stored == 0 or report["widths"]["16"] * 16 >= stored
             case.check_backward(lib)
             check_moved(lib, ("x", "dy", "dx"), expected[1] * unit)
+
+
+@pytest.mark.parametrize("dtype", TWO)
+def test_bytes_moved_streaming_and_with_a_shortcut(lib: driver.Library, dtype: torch.dtype) -> None:
+    """add + ReLU: the shortcut is read once, and its gradient written once; where the planes are
+    read again, that gradient is too, in place of dy and the shortcut."""
+    for device, expected in (({}, (3, 5)), (SMALL, (4, 7))):
+        norm = norms.Norm(batch_nchw(8, 4, 784), activation="relu", **device)
+        case = Case(norm, dtype, residual=True)
+        unit = norm.numel * dtype.itemsize
+        with lib.counting():
+            case.forward(lib)
+            check_moved(lib, ("x", "residual", "y"), expected[0] * unit)
+            case.check_backward(lib)
+            check_moved(lib, ("x", "dy", "residual", "dx", "dresidual"), expected[1] * unit)

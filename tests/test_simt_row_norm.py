@@ -572,7 +572,8 @@ import test_simt_row_norm as t
 from simt import driver, norms
 import torch
 lib = driver.library(*{arguments!r})
-for size, shared in ((3, 0), (65, 0), (264, 0), (1032, 0), (1031, 0), (17000, 0), (5001, 0), (7000, 6000)):
+for size, shared in ((3, 0), (65, 0), (264, 0), (1032, 0), (1031, 0), (17000, 0), (5001, 0),
+                     (7000, 6000)):
     norm = norms.Norm(norms.row_view(2, size), prologue=True, dropout_p=0.1,
                       max_shared=shared or 227 * 1024, clusters=shared == 0)
     t.check_forward(lib, norm, torch.bfloat16)

@@ -91,7 +91,7 @@ struct NormConfig {
 
   // Whether the row kernels take it. Frozen statistics are a batch norm's, whose batches of one
   // must round as the larger ones do.
-  bool is_row() const {
+  FASTNORM_HD bool is_row() const {
     return view.reduce_outer == 1 && view.tail == 1 && view.inner != 0 && !frozen;
   }
 };

@@ -1,24 +1,30 @@
 // Launches of the column kernels, backward.
+#include "cuda/column_forms.cuh"
 #include "cuda/launch.h"
-#include "cuda/pixel_norm.cuh"
 
 namespace fastnorm::cuda {
-
-size_t column_norm_bwd_workspace(const View& view, size_t element_size) {
-  return view.inner == 0 ? pixel_norm_bwd_workspace_bytes(view, element_size)
-                         : column_norm_bwd_workspace_bytes(view, element_size);
-}
 
 template <typename T>
 void launch_column_norm_bwd(const NormBackward<T>& p, const DeviceLimits& device,
                             cudaStream_t stream) {
-  if (p.config.view.inner == 0) return pixel_norm_bwd(p, device, StreamLaunch{stream});
-  column_norm_bwd(p, StreamLaunch{stream});
+  column_geometry_bwd(p, device, StreamLaunch{stream});
 }
 
-#define FASTNORM_INSTANTIATE(T)                                                        \
-  template void launch_column_norm_bwd<T>(const NormBackward<T>&, const DeviceLimits&, \
-                                          cudaStream_t);
+template <typename T>
+size_t column_norm_bwd_workspace(const NormConfig& config, const DeviceLimits& device) {
+  return column_geometry_bwd_workspace<T>(config, device);
+}
+
+template <typename T>
+bool planes_stay_resident(const NormConfig& config, const DeviceLimits& device) {
+  return plane_resident_bwd_workspace_bytes<T>(config, device) > 0;
+}
+
+#define FASTNORM_INSTANTIATE(T)                                                         \
+  template void launch_column_norm_bwd<T>(const NormBackward<T>&, const DeviceLimits&,  \
+                                          cudaStream_t);                                \
+  template size_t column_norm_bwd_workspace<T>(const NormConfig&, const DeviceLimits&); \
+  template bool planes_stay_resident<T>(const NormConfig&, const DeviceLimits&);
 FASTNORM_FOR_EACH_DTYPE(FASTNORM_INSTANTIATE)
 
 }  // namespace fastnorm::cuda

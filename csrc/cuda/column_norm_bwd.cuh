@@ -10,7 +10,11 @@
 // channel give the parameters' gradients and, weighted, those of its statistic: no other pass, no
 // atomics. What the activation was applied to is recomputed by the forward pass's own code.
 // Bytes, without residual: (5 - 2f) E b streaming, 3 E b resident or frozen, the latter because
-// the map of frozen statistics needs no sums and is done in the same pass.
+// the map of frozen statistics needs no sums and is done in the same pass. With a residual and an
+// activation: (8 - 3f) E b; but for ReLU h is dy or zero, so the sums' pass can store dresidual = h
+// and the map read it in place of dy and residual: (7 - 2f) E b. (One bit per element from the
+// forward pass would leave 6 and an eighth byte per element; 2 in 19 E b of bfloat16's forward and
+// backward, for an output and an input more of every norm operator.)
 #pragma once
 
 #include "cuda/column_norm.cuh"
@@ -47,16 +51,23 @@ FASTNORM_DEVICE void load_terms(const NormBackward<T>& p, const GradientSums<Acc
   if (p.mean != nullptr) e = -rstd * (load_coherent<1>(sums.g + statistic).v[0] / size);
 }
 
-// Activations of a pass over the packs of a walk.
+// Whether the sums' pass stores dresidual, and the map reads it: exactly h, in any type.
+template <typename T>
+FASTNORM_DEVICE bool keeps_gradient(const NormBackward<T>& p) {
+  return p.residual != nullptr && p.dresidual != nullptr && p.dx != nullptr && !p.config.frozen &&
+         p.config.activation == Activation::Relu && p.config.dropout.seed == nullptr;
+}
+
+// Activations of a pass over the packs of a walk; `kept`: dy is h, and has been stored.
 template <typename T, int n>
 struct GradientPacks {
   Pack<T, n> x, dy, residual;
 
-  FASTNORM_DEVICE void load(const NormBackward<T>& p, const Span& s, bool again) {
+  FASTNORM_DEVICE void load(const NormBackward<T>& p, const Span& s, bool again, bool kept) {
     if (!s.any()) return;
     x = load_span<n>(p.x, s, again);
-    dy = load_span<n>(p.dy, s, again);
-    if (p.residual != nullptr && p.config.activation != Activation::None) {
+    dy = load_span<n>(kept ? p.dresidual : p.dy, s, again);
+    if (p.residual != nullptr && p.config.activation != Activation::None && !kept) {
       residual = load_span<n>(p.residual, s, again);
     }
   }
@@ -70,23 +81,24 @@ FASTNORM_DEVICE void gradient_walk(const NormBackward<T>& p, Walk walk, const Af
                                    Accumulate<T> (&two)[n]) {
   using A = Accumulate<T>;
   const Drop<A> drop = Drop<A>::of(p.config.dropout);
+  const bool keeps = keeps_gradient(p), kept = keeps && map;
   Span here = walk.next();
   GradientPacks<T, n> packs{}, next{};
-  packs.load(p, here, !map);
+  packs.load(p, here, !map, kept);
   while (here.any()) {
     const Span after = walk.next();
-    next.load(p, after, !map);
+    next.load(p, after, !map, kept);
     A d[n], h[n];
     widen(packs.dy, h);
     drop_span(drop, h, here.index);
-    if (p.config.activation != Activation::None) {
+    if (p.config.activation != Activation::None && !kept) {
       affine_of_pack(packs.x, affine, p.residual != nullptr, packs.residual, d);
       activate_backward<false>(h, d, p.config.activation);
     }
     widen(packs.x, d);
 #pragma unroll
     for (int e = 0; e < n; ++e) d[e] -= affine.mean(e);
-    if (map && p.dresidual != nullptr) store_span(p.dresidual, here, narrow<T>(h));
+    if (p.dresidual != nullptr && map != keeps) store_span(p.dresidual, here, narrow<T>(h));
     if (reduce) {
 #pragma unroll
       for (int e = 0; e < n; ++e) {

@@ -1,6 +1,6 @@
 // Launches of the column kernels, forward.
+#include "cuda/column_forms.cuh"
 #include "cuda/launch.h"
-#include "cuda/pixel_norm.cuh"
 
 namespace fastnorm::cuda {
 
@@ -11,8 +11,7 @@ size_t column_norm_fwd_workspace(const View& view, size_t element_size) {
 template <typename T>
 void launch_column_norm_fwd(const NormForward<T>& p, const DeviceLimits& device,
                             cudaStream_t stream) {
-  if (p.config.view.inner == 0) return pixel_norm_fwd(p, device, StreamLaunch{stream});
-  column_norm_fwd(p, StreamLaunch{stream});
+  column_geometry_fwd(p, device, StreamLaunch{stream});
 }
 
 #define FASTNORM_INSTANTIATE(T) \

@@ -118,14 +118,14 @@ struct CudaNorm {
     out.bias = per_channel(bias, mask[2]);
     const DeviceLimits limits = limits_of(x.device().index());
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-    const bool row = config.is_row(), centered = config.statistic == Statistic::MeanVar;
-    const at::Tensor workspace =
-        workspace_of(row ? row_norm_bwd_workspace(view, x.element_size())
-                         : column_norm_bwd_workspace(view, x.element_size()),
-                     x);
+    const bool centered = config.statistic == Statistic::MeanVar;
     visit_device_dtype(x.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
       using A = Accumulate<T>;
+      const bool row = config.is_row() && !(mask[0] && planes_stay_resident<T>(config, limits));
+      const at::Tensor workspace = workspace_of(row ? row_norm_bwd_workspace(view, sizeof(T))
+                                                    : column_norm_bwd_workspace<T>(config, limits),
+                                                x);
       const NormBackward<T> p{config,
                               input_data<T>(dy),
                               input_data<T>(dsum),

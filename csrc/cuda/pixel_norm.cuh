@@ -59,7 +59,7 @@ struct PixelPlaces {
 
   FASTNORM_DEVICE PixelPlaces(const PixelTiling& t, int n)
       : lanes(t.lanes), pitch((n + 1) * lanes) {}
-  static int count(int n) { return kPixelThreads * (n + 1); }
+  static FASTNORM_HD int count(int n) { return kPixelThreads * (n + 1); }
   FASTNORM_DEVICE int of(const PixelThread& me, int e) const {
     return me.row * pitch + result(me, e);
   }

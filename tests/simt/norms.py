@@ -56,6 +56,13 @@ class Norm:
         _, reduce_outer, kept, reduce_inner, inner, _ = self.view
         return reduce_outer if inner == 0 else kept * (reduce_inner // inner)
 
+    def arrays(self, wide: tuple[bool, bool] = (False, False)) -> tuple[np.ndarray, np.ndarray]:
+        """The integers and reals of EntryArguments; `wide` is for weight and bias."""
+        integers = [*self.view, not self.centered, self.frozen, self.prologue]
+        integers += [ACTIVATIONS.index(self.activation), *wide, self.clusters, self.max_shared]
+        reals = [self.eps, self.weight_offset, self.dropout_p]
+        return np.array(integers, dtype=np.int64), np.array(reals)
+
 
 def _bytes(tensor: Optional) -> np.ndarray | None:
     if tensor is None:
@@ -74,20 +81,7 @@ def _enter(
     order: tuple[str, ...],
 ) -> None:
     arrays = {name: _bytes(t) for name, t in {**inputs, **outputs}.items()}
-    integers = np.array(
-        [
-            *norm.view,
-            0 if norm.centered else 1,
-            norm.frozen,
-            norm.prologue,
-            ACTIVATIONS.index(norm.activation),
-            *wide,
-            norm.clusters,
-            norm.max_shared,
-        ],
-        dtype=np.int64,
-    )
-    reals = np.array([norm.eps, norm.weight_offset, norm.dropout_p])
+    integers, reals = norm.arrays(wide)
     pointers = (ctypes.c_void_p * len(order))(
         *(None if arrays[name] is None else arrays[name].ctypes.data for name in order)
     )
