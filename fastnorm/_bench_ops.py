@@ -25,6 +25,7 @@ DTYPES = {
     "fp64": torch.float64,
 }
 DROPOUT_P = 0.1
+CLUSTER_BYTES = 8 * 200 << 10  # of shared memory, from compute capability 9.0 on
 
 Outputs = Tensor | tuple[Tensor, ...]
 
@@ -385,6 +386,11 @@ def minimal_bytes(cell: Cell, cache_bytes: int, on_cuda: bool = False) -> int:
         if op.reduces == "channel" and (on_cuda or cell.layout == "channels_last"):
             blocks = 1
         resident = cell.input_bytes // max(blocks, 1) <= cache_bytes
+        # Planes of NCHW fit if a cluster of blocks holds their channel.
+        if on_cuda and op.reduces == "channel" and cell.layout == "contiguous":
+            tensors = 1 if cell.direction == FORWARD else 2
+            held = tensors * cell.input_bytes // channels <= CLUSTER_BYTES
+            resident = resident or (held and len(cell.shape) > 2)
         forward, backward = channel_norm_bytes(
             cell.elements, size, resident=resident, residual="residual" in op.leaves
         )

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -288,6 +289,58 @@ def test_scripts_have_every_mode():
                 assert cells or hasattr(module, "measurements")
     sweep = [cell for m in run.MODULES for cell in harness.select(m, "cpu", False, True)]
     assert len(sweep) > 1000 and {cell.dtype for cell in sweep} == set(_bench.DTYPES)
+
+
+def test_a_step_ends_in_time_with_what_it_started(tmp_path):
+    marker = tmp_path / "marker"
+    child = f"import time; time.sleep(2); open({str(marker)!r}, 'w')"
+    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}])"
+    stopped = gpu.run_step("stopped", [sys.executable, "-c", f"{code}.wait()"], tmp_path, 5.0)
+    assert not stopped.failed and marker.exists()
+    marker.unlink()
+    ended = gpu.run_step("ended", [sys.executable, "-c", code], tmp_path, 30.0)
+    assert not ended.failed and ended.seconds < 2
+    time.sleep(2.5)
+    assert not marker.exists()
+    late = gpu.run_step("late", [sys.executable, "-c", ""], tmp_path, 1.0)
+    assert late.failed and late.result == "not run: the time was over"
+    broken = gpu.run_step("broken", [sys.executable, "-c", "raise SystemExit(3)"], tmp_path, 30.0)
+    assert broken.failed and broken.result.startswith("exit 3")
+    assert gpu.finish([ended, broken], tmp_path) == 1
+    assert "failed: broken" in (tmp_path / "summary.txt").read_text()
+
+
+def test_on_cuda_ops_take_turns_and_compilers_come_last(monkeypatch):
+    order = []
+    monkeypatch.setattr(_bench._build, "load_cuda", lambda: True)
+    monkeypatch.setattr(_bench, "machine_facts", lambda device: {})
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def measure(cell, *_):
+        order.append((cell.op, cell.shape, cell.compile))
+        return {}
+
+    monkeypatch.setattr(_bench, "measure", measure)
+    cells = _bench.grid(["layer_norm"], [(2, 3)], ("fp32",), (TRAIN,), compile=True)
+    cells += _bench.grid(["layer_norm", "rms_norm"], [(4, 8), (8, 8)], ("fp32",), (TRAIN,))
+    seen = []
+    results = _bench.run(cells, "cuda", checkpoint=seen.append)
+    assert len(results["cells"]) == 5 and results["broken"] is None
+    assert order == [
+        ("rms_norm", (4, 8), False),
+        ("layer_norm", (4, 8), False),
+        ("rms_norm", (8, 8), False),
+        ("layer_norm", (8, 8), False),
+        ("layer_norm", (2, 3), True),
+    ]
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    results = _bench.run(cells, "cuda")
+    assert len(results["cells"]) == 1 and results["skipped"] == 4
+    assert "rms_norm 4x8 fp32: CUDA error" in results["broken"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")

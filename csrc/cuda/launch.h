@@ -25,18 +25,11 @@ struct StreamLaunch {
     config.blockDim = dim3(shape.threads);
     config.dynamicSmemBytes = shape.shared;
     config.stream = stream;
-    cudaLaunchAttribute attributes[2];
-    config.attrs = attributes;
-    if (shape.cluster > 1) {
-      attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-      attributes[config.numAttrs].val.clusterDim = {shape.cluster, 1, 1};
-      ++config.numAttrs;
-    }
-    if (shape.cooperative) {
-      attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
-      attributes[config.numAttrs].val.cooperative = 1;
-      ++config.numAttrs;
-    }
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {shape.cluster, 1, 1};
+    config.attrs = &cluster;
+    config.numAttrs = shape.cluster > 1 ? 1 : 0;
     C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, P(arguments)...));
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }

@@ -56,7 +56,6 @@ struct LaunchShape {
   unsigned threads;
   size_t shared = 0;
   unsigned cluster = 1;
-  bool cooperative = false;
 };
 
 // Row geometry: config.view.reduce_outer == 1. Workspace in bytes.

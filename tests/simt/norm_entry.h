@@ -84,7 +84,7 @@ struct EmulatedLaunch {
     if (*status != 0) return;
     std::string& names = launched_kernels();
     names += (names.empty() ? "" : "; ") + std::string(name);
-    simt::Launch config{shape.grid, shape.threads, shape.shared, shape.cluster, shape.cooperative};
+    simt::Launch config{shape.grid, shape.threads, shape.shared, shape.cluster};
     *status = simt::launch(name, config, kernel, arguments...);
   }
 };
