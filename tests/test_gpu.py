@@ -1,17 +1,78 @@
-"""What only a GPU can show: graphs, streams, repeats, and tensors of more than 2^31 elements."""
+"""On a GPU: the channel norms' gradients, graphs, streams, tensors of more than 2^31 elements.
+
+The row norms' tests take the device as a parameter (row_norm_checks.py).
+"""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
 
+import channel_norm_checks as checks
 import pytest
 import torch
+import torch.nn.functional as F
 
+import fastnorm
 from fastnorm import _bench
 from fastnorm._bench import OPS, TRAIN, Cell
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
+
+NORMS = {
+    "batch": (
+        lambda x, w, b, **e: fastnorm.batch_norm(x, None, None, w, b, True, **e),
+        lambda x, w, b: F.batch_norm(x, None, None, w, b, True),
+    ),
+    "group": (
+        lambda x, w, b, **e: fastnorm.group_norm(x, 4, w, b, **e),
+        lambda x, w, b: F.group_norm(x, 4, w, b),
+    ),
+    "instance": (
+        lambda x, w, b, **e: fastnorm.instance_norm(x, None, None, w, b, **e),
+        lambda x, w, b: F.instance_norm(x, None, None, w, b),
+    ),
+    "channels": (
+        lambda x, w, b, **e: fastnorm.layer_norm(x, w.shape, w, b, dim=1, **e),
+        lambda x, w, b: F.layer_norm(x.movedim(1, -1), w.shape, w, b).movedim(-1, 1),
+    ),
+}
+# In NCHW: short planes, ragged ones, planes that a block or a cluster holds, and longer ones.
+IMAGE_SHAPES = [
+    (2, 12, 3, 5),
+    (64, 8, 7, 7),
+    (16, 32, 14, 14),
+    (8, 64, 28, 28),
+    (3, 20, 57, 59),
+    (2, 64, 128, 128),
+    (4, 4, 512, 512),
+]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("shape", IMAGE_SHAPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_channel_norms(norm: str, shape, layout: str, dtype: torch.dtype) -> None:
+    check_channel_norm(norm, shape, layout, dtype, "cuda")
+
+
+def check_channel_norm(norm: str, shape, layout: str, dtype: torch.dtype, device: str) -> None:
+    ours, theirs = NORMS[norm]
+    draw = torch.randn(3, *shape, device=device).to(dtype)
+    x, r, grad = (checks.LAYOUTS[layout](t) for t in draw)
+    tensors = [x, *(p.to(device) for p in checks.parameters(shape[1], dtype))]
+    for activation in (None, "relu", "silu"):
+        for residual in (False, True) if activation == "relu" else (False,):
+
+            def run(x, w, b, r=None, activation=activation):
+                return ours(x, w, b, activation=activation, residual=r)
+
+            more = [r] if residual else []
+            what = f"{norm} {activation} {residual}"
+            peer = checks.composed(theirs, activation)
+            checks.check(run, peer, tensors + more, grad, what)
+
 
 # The layouts and forms of every norm; random ops have their test in test_dropout.py.
 CELLS = [
@@ -122,8 +183,6 @@ def call_results(cell: Cell, call) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.usefixtures("large")
 def test_dropout_of_more_than_2_31_elements() -> None:
-    import fastnorm
-
     x = torch.ones(2**31 + 4096, dtype=torch.bfloat16, device="cuda")
     y = fastnorm.dropout(x, 0.25)
     for part in (y[:4096], y[-4096:]):
