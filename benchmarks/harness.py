@@ -86,6 +86,7 @@ def script(modules: Sequence[ModuleType], name: str, argv: Sequence[str] | None 
         list(cells.values()), device, seconds, arguments.compile, arguments.minutes, save
     )
     if device == "cuda":
+        save(results)
         measurements = measure_others(modules, device, arguments.quick, end)
     results["measurements"] = measurements
     save(results)
