@@ -41,7 +41,7 @@ DTYPE = torch.bfloat16
 # the one with the most registers counts.
 KERNELS = (
     (r"row_norm_fwd, (staged|streaming)", r"row_norm_fwd_\1_kernel<__nv_bfloat16, 8>"),
-    (r"row_norm_fwd, ragged", r"row_norm_fwd_ragged_kernel<__nv_bfloat16>"),
+    (r"row_norm_(fwd|bwd), ragged", r"row_norm_\1_ragged_kernel<__nv_bfloat16>"),
     (r"row_norm_fwd", r"row_norm_fwd_kernel<__nv_bfloat16, 8, .*>"),
     (r"row_norm_bwd, streaming", r"row_norm_bwd_streaming_kernel<__nv_bfloat16, 8>"),
     (r"(row_norm_bwd|cross_entropy|pixel_norm_\w+),", r"\1_kernel<__nv_bfloat16, 8>"),
@@ -59,9 +59,9 @@ def row_norm(size: int, rows: int = 2, **options: Any) -> Callable[[driver.Libra
     return call
 
 
-def column_norm(view: norms.View) -> Callable[[driver.Library], object]:
+def column_norm(view: norms.View, **options: Any) -> Callable[[driver.Library], object]:
     def call(lib: driver.Library) -> None:
-        case = column.Case(norms.Norm(view), DTYPE)
+        case = column.Case(norms.Norm(view, **options), DTYPE)
         case.check_forward(lib)
         case.check_backward(lib)
 
@@ -93,7 +93,8 @@ CASES: dict[str, list[Callable[[driver.Library], object]]] = {
     "column_norm": [
         column_norm(column.batch_nhwc(32, 64)),
         column_norm(column.batch_nhwc(1100, 64)),
-        column_norm(column.batch_nchw(8, 4, 784)),
+        column_norm(column.batch_nchw(8, 4, 784), **column.SMALL),
+        column_norm(column.batch_nchw(16, 4, 784)),
         column_norm(column.group_nhwc(2, 230, 8, 16)),
         column_norm(column.pixel_nchw(2, 96, 64)),
     ],
@@ -186,6 +187,8 @@ def test_kernels_that_claim_it_have_no_bank_conflicts() -> None:
     recorded = json.loads(RECORD.read_text())
     for kernel in ("row_norm_fwd, staged", "row_norm_bwd, block"):
         assert recorded["row_norm"][kernel]["conflicts"] == 1
+    for kernel in ("pixel_norm_fwd, staged", "pixel_norm_bwd, staged", "plane_resident_fwd"):
+        assert recorded["column_norm"][kernel]["conflicts"] == 1
     for kernel, entry in recorded["cross_entropy"].items():
         assert entry["conflicts"] <= 1, kernel  # 0: no shared memory
 

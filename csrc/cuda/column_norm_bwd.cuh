@@ -163,9 +163,8 @@ FASTNORM_DEVICE void add_channels(const NormBackward<T>& p, const GradientSums<A
 }
 
 template <typename T>
-__global__ __launch_bounds__(kColumnThreads,
-                             3) void column_norm_bwd_kernel(NormBackward<T> p, ColumnTiling t,
-                                                            Pieces pieces, Phase phase) {
+__global__ __launch_bounds__(kColumnThreads, (sizeof(T) == 8 ? 2 : 3)) void column_norm_bwd_kernel(
+    NormBackward<T> p, ColumnTiling t, Pieces pieces, Phase phase) {
   using A = Accumulate<T>;
   constexpr int n = kPackSize<T>;
   const View& v = p.config.view;

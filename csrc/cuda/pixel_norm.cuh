@@ -156,21 +156,23 @@ __global__ __launch_bounds__(kPixelThreads) void pixel_norm_fwd_kernel(NormForwa
         const A d = shared_load(means + r * places.pitch + j) - m;
         m2 += shared_load(squares + r * places.pitch + j) + count_of(r) * d * d;
       }
+      const int64_t pixel = me.pixel - me.lane * n + j % t.lanes * n + j / t.lanes;
+      if (centered && pixel < v.kept) m += widen(load(p.x + top + pixel));
       shared_store(means + j, m);
       shared_store(squares + j, m2 / static_cast<A>(channels));
     }
     __syncthreads();
-    A var[n];
 #pragma unroll
     for (int e = 0; e < n; ++e) {
-      mean[e] = shared_load(means + places.result(me, e)) + base[e];
-      var[e] = shared_load(squares + places.result(me, e));
-      rstd[e] = A(1) / sqrt(var[e] + static_cast<A>(p.config.eps));
+      mean[e] = shared_load(means + places.result(me, e));
+      rstd[e] = shared_load(squares + places.result(me, e));
     }
     if (me.row == 0 && me.here) {
       if (centered) store_values(p.mean + statistic, mean);
-      store_values(p.var + statistic, var);
+      store_values(p.var + statistic, rstd);
     }
+#pragma unroll
+    for (int e = 0; e < n; ++e) rstd[e] = A(1) / sqrt(rstd[e] + static_cast<A>(p.config.eps));
   }
 
   const Drop<A> drop = Drop<A>::of(p.config.dropout);

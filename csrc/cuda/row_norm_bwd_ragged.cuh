@@ -9,9 +9,10 @@
 namespace fastnorm::cuda {
 
 template <typename T>
-__global__ __launch_bounds__(kBackwardThreads) void row_norm_bwd_ragged_kernel(NormBackward<T> p,
-                                                                               BackwardShape shape,
-                                                                               int per_block) {
+__global__ __launch_bounds__(kBackwardThreads,
+                             1) void row_norm_bwd_ragged_kernel(NormBackward<T> p,
+                                                                BackwardShape shape,
+                                                                int per_block) {
   using A = Accumulate<T>;
   constexpr int items = kBackwardItems<T, 1>;
   const int64_t size = p.config.view.reduce_inner, rows = p.config.view.statistics();
