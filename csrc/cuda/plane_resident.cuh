@@ -223,8 +223,9 @@ __global__ __launch_bounds__(kResidentThreads, 2) void plane_resident_fwd_kernel
 }
 
 template <typename T>
-__global__ __launch_bounds__(kResidentThreads, 2) void plane_resident_bwd_kernel(NormBackward<T> p,
-                                                                                 ResidentTiling t) {
+__global__ __launch_bounds__(
+    kResidentThreads, (sizeof(T) == 8 ? 1 : 2)) void plane_resident_bwd_kernel(NormBackward<T> p,
+                                                                               ResidentTiling t) {
   using A = Accumulate<T>;
   constexpr int n = kPackSize<T>;
   const View& v = p.config.view;
