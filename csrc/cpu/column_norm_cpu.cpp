@@ -207,7 +207,7 @@ class Backward {
         stored_ = p.dx;
       }
     }
-    chunked_ = fused_dx_ != nullptr || (epilogue_ && (!relu_ || p.dresidual != nullptr));
+    chunked_ = epilogue_ && (!relu_ || p.dresidual != nullptr || fused_dx_ != nullptr);
   }
 
   void run() {
@@ -410,6 +410,13 @@ class Backward {
                   __builtin_prefetch(dy + (row + kRowGroup) * width + column);
                   return grad(tag, d, row * width + column, column);
                 });
+              });
+            } else if (fused_dx_ != nullptr) {
+              add([=, dy = p_.dy + at, dx = fused_dx_ + at, scale = columns.scale + first + j](
+                      auto tag, auto, int64_t row, int64_t column) {
+                const auto g = load(tag, dy + row * width + column);
+                store(tag, dx + row * width + column, g * load(tag, scale + column));
+                return g;
               });
             } else {
               add([=, dy = p_.dy + at](auto tag, auto, int64_t row, int64_t column) {

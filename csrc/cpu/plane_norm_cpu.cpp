@@ -22,14 +22,33 @@ constexpr int64_t kFlush = kPiece;          // elements summed in the accumulati
 
 struct PlaneTiling {
   int64_t length, planes, parts, part, chunks;  // a chunk: `planes` planes, or a part of one
-  bool resident;
+  bool resident, in_order;
 
-  explicit PlaneTiling(const View& v) : length(v.inner) {
+  explicit PlaneTiling(const View& v, bool frozen) : length(v.inner) {
     parts = ceil_div(length, kPlaneChunk);
     part = parts > 1 ? round_up(ceil_div(length, parts), kPiece) : length;
-    planes = parts > 1 ? 1 : std::max<int64_t>(1, kPlaneChunk / length);
+    // Frozen statistics need one visit, which goes through memory in order.
+    in_order = frozen && length >= kPiece / 2;
+    planes = parts > 1 || in_order ? 1 : std::max<int64_t>(1, kPlaneChunk / length);
     chunks = ceil_div(v.reduce_outer, planes) * parts;
-    resident = v.reduce_outer * length <= kResident;
+    resident = v.reduce_outer * length <= kResident && !in_order;
+  }
+
+  // f(channel, chunk) for all of them, in parallel. The second visit is `reversed`.
+  template <typename F>
+  void for_each_chunk(const View& v, int64_t element_bytes, bool reversed, F&& f) const {
+    const int64_t tasks = v.outer * v.kept * chunks;
+    const int64_t bytes = std::min(planes, v.reduce_outer) * part * element_bytes;
+    if (in_order) {
+      parallel_tasks(tasks, bytes, [&](int64_t task) {
+        const int64_t row = task / v.kept;
+        f(row / chunks * v.kept + task % v.kept, row % chunks);
+      });
+    } else if (reversed) {
+      parallel_tasks_reversed(tasks, bytes, [&](int64_t i) { f(i / chunks, i % chunks); });
+    } else {
+      parallel_tasks(tasks, bytes, [&](int64_t i) { f(i / chunks, i % chunks); });
+    }
   }
 };
 
@@ -166,7 +185,8 @@ class PlaneForward {
   using A = acc_t<T>;
 
  public:
-  explicit PlaneForward(const NormForward<T>& p) : p_(p), v_(p.config.view), t_(v_) {}
+  explicit PlaneForward(const NormForward<T>& p)
+      : p_(p), v_(p.config.view), t_(v_, p.config.frozen) {}
 
   void run() {
     const int64_t channels = v_.outer * v_.kept;
@@ -174,9 +194,9 @@ class PlaneForward {
     if (t_.resident) {
       return parallel_tasks(channels, bytes, [&](int64_t channel) { visit(channel); });
     }
-    if (!p_.config.frozen) split_statistics(channels, bytes);
-    parallel_tasks_reversed(channels * t_.chunks, bytes / t_.chunks,
-                            [&](int64_t task) { map(task / t_.chunks, task % t_.chunks); });
+    if (!p_.config.frozen) split_statistics(channels);
+    t_.for_each_chunk(v_, sizeof(T), true,
+                      [&](int64_t channel, int64_t index) { map(channel, index); });
   }
 
  private:
@@ -184,10 +204,10 @@ class PlaneForward {
     return PlaneChunk(v_, t_, channel / v_.kept, channel % v_.kept, index);
   }
 
-  void split_statistics(int64_t channels, int64_t bytes) {
+  void split_statistics(int64_t channels) {
     const auto moments = uninitialized<Moments<double>>(channels * t_.chunks);
-    parallel_tasks(channels * t_.chunks, bytes / t_.chunks, [&](int64_t task) {
-      moments[task] = chunk_moments(chunk(task / t_.chunks, task % t_.chunks));
+    t_.for_each_chunk(v_, sizeof(T), false, [&](int64_t channel, int64_t index) {
+      moments[channel * t_.chunks + index] = chunk_moments(chunk(channel, index));
     });
     for (int64_t channel = 0; channel < channels; ++channel) {
       Moments<double> total = moments[channel * t_.chunks];
@@ -296,7 +316,7 @@ class PlaneBackward {
   explicit PlaneBackward(const NormBackward<T>& p)
       : p_(p),
         v_(p.config.view),
-        t_(v_),
+        t_(v_, p.config.frozen),
         epilogue_(has_backward_epilogue(p)),
         relu_(is_fused_relu(p) && (p.dresidual == nullptr || p.residual != nullptr)) {
     parameters_ = p.dweight != nullptr || p.dbias != nullptr;
@@ -329,10 +349,10 @@ class PlaneBackward {
         }
       });
     } else {
-      if (sums_) split_sums(channels, bytes, totals.get());
+      if (sums_) split_sums(channels, totals.get());
       if (map_needed_) {
-        parallel_tasks_reversed(channels * t_.chunks, bytes / t_.chunks, [&](int64_t task) {
-          map(task / t_.chunks, task % t_.chunks, totals[task / t_.chunks], nullptr);
+        t_.for_each_chunk(v_, 2 * sizeof(T), true, [&](int64_t channel, int64_t index) {
+          map(channel, index, totals[channel], nullptr);
         });
       }
     }
@@ -356,10 +376,10 @@ class PlaneBackward {
     return cache + c.first * t_.length + c.begin * (c.last - c.first);
   }
 
-  void split_sums(int64_t channels, int64_t bytes, Sums* totals) {
+  void split_sums(int64_t channels, Sums* totals) {
     const auto partial = uninitialized<Sums>(channels * t_.chunks);
-    parallel_tasks(channels * t_.chunks, bytes / t_.chunks, [&](int64_t task) {
-      partial[task] = chunk_sums(task / t_.chunks, task % t_.chunks, nullptr);
+    t_.for_each_chunk(v_, 2 * sizeof(T), false, [&](int64_t channel, int64_t index) {
+      partial[channel * t_.chunks + index] = chunk_sums(channel, index, nullptr);
     });
     for (int64_t task = 0; task < channels * t_.chunks; ++task) {
       add(totals[task / t_.chunks], partial[task]);
@@ -447,6 +467,16 @@ class PlaneBackward {
         });
       } else if (!epilogue_ && fused_dx_ == nullptr) {
         at.for_each([&](int64_t i, int64_t) { add_from(i, at.length, p_.dy + i); });
+      } else if (!epilogue_) {
+        at.for_each([&](int64_t offset, int64_t) {
+          add_sums(offset, at.length,
+                   [scale = map.scale, dy = p_.dy + offset, dx = fused_dx_ + offset](auto tag, auto,
+                                                                                     int64_t i) {
+                     const auto g = load(tag, dy + i);
+                     store(tag, dx + i, g * scale);
+                     return g;
+                   });
+        });
       } else {
         A* g = cache != nullptr ? cache + first : grad;
         gradient(map, at, pre, g, p_.dresidual != nullptr ? p_.dresidual : stored_);
