@@ -235,8 +235,8 @@ def cross_entropy(
         loss = cross_entropy_reference(
             input, target, weight, label_smoothing, prior, keep, reduction, torch_mean
         )
-    device = input.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # The meta device has no autocast to ask for.
+    autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
     return loss if autocast else loss.to(input.dtype)
 
 
