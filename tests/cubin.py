@@ -2,7 +2,9 @@
 
 A cubin is an ELF file with the code of a kernel in `.text.KERNEL` and its attributes in
 `.nv.info.KERNEL`. From sm_70 on an instruction has 16 bytes, its opcode in the lowest 12 bits and
-the width of a global access in bits 73 to 75; `nvdisasm -hex` shows the same.
+the width of a global access in bits 73 to 75. A copy from global to shared memory has its width
+elsewhere on sm_100, but on every architecture it bypasses L1 (bit 81 clear) just if it has 16
+bytes. `nvdisasm -hex` shows the same.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ def kernels(cubin: bytes) -> dict[str, dict[str, int]]:
             continue
         words = np.frombuffer(code, dtype=np.uint64).reshape(-1, 2)
         opcode = words[:, 0] & np.uint64(0xFFF)
-        wide = words[:, 1] >> np.uint64(9) & np.uint64(7) == _SIXTEEN_BYTES
+        by_width = words[:, 1] >> np.uint64(9) & np.uint64(7) == _SIXTEEN_BYTES
+        bypass = words[:, 1] >> np.uint64(17) & np.uint64(1) == 0
+        wide = np.where(opcode == _COPY_TO_SHARED, bypass, by_width)
 
         loads = np.isin(opcode, (_LOAD_GLOBAL, _COPY_TO_SHARED))
         stores = opcode == _STORE_GLOBAL

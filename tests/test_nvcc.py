@@ -93,7 +93,7 @@ def report_of(source: pathlib.Path, architecture: str) -> tuple[list[str], pathl
     digest = hashlib.sha256("\0".join(command).encode())
     digest.update(subprocess.run([command[0], "--version"], capture_output=True).stdout)
     headers = [path for pattern in HEADERS for path in sorted(ROOT.glob(pattern))]
-    for path in (*headers, source):
+    for path in (*headers, source, pathlib.Path(cubin.__file__)):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return command, folder / f"{source.stem}-{architecture}-{digest.hexdigest()[:16]}.txt"
 
