@@ -170,50 +170,47 @@ struct ChannelSums {
   A* dbias;
 };
 
-// Adds the chunk's d and d * xhat to the sums of its channels.
+// What follows from d and xhat of a chunk: g = d * weight, and its share of the channels' sums and
+// of the row's.
 template <typename T>
-void add_channel_sums(const Row<T>& row, const acc_t<T>* d, const acc_t<T>* xhat, int64_t first,
-                      int64_t n, ChannelSums<acc_t<T>> sums) {
+void add_sums(const Row<T>& row, const acc_t<T>* d, const acc_t<T>* xhat, int64_t first, int64_t n,
+              acc_t<T>* g, ChannelSums<acc_t<T>> sums, BackwardSums<double>& total) {
   using A = acc_t<T>;
-  if (!sums.dweight && !sums.dbias) return;
-  if (row.view.inner == 1) {
-    A* dw = sums.dweight ? sums.dweight + row.first_channel + first : nullptr;
-    A* db = sums.dbias ? sums.dbias + row.first_channel + first : nullptr;
+  if (row.view.inner != 1) {
+    for_each_channel(first, n, row.view.inner, [&](int64_t at, int64_t count, int64_t channel) {
+      const A w = row.weight ? row.weight[row.first_channel + channel] : A(1);
+      const auto [sum, dot] = wide_sum_and_dot<A>(count, [&](auto tag, int64_t i, auto& v) {
+        v = load(tag, xhat + at + i);
+        const auto in = load(tag, d + at + i);
+        store(tag, g + at + i, in * w);
+        return in;
+      });
+      if (sums.dweight) sums.dweight[row.first_channel + channel] += dot;
+      if (sums.dbias) sums.dbias[row.first_channel + channel] += sum;
+      total.g += static_cast<double>(sum) * w;
+      total.gx += static_cast<double>(dot) * w;
+    });
+    return;
+  }
+  const int64_t column = row.first_channel + first;
+  A* dw = sums.dweight ? sums.dweight + column : nullptr;
+  A* db = sums.dbias ? sums.dbias + column : nullptr;
+  if (dw || db) {
     for_each_wide<A>(n, [&](auto tag, int64_t i) {
       const auto v = load(tag, d + i);
       if (dw) store(tag, dw + i, fmadd(v, load(tag, xhat + i), load(tag, dw + i)));
       if (db) store(tag, db + i, load(tag, db + i) + v);
     });
-    return;
   }
-  for_each_channel(first, n, row.view.inner, [&](int64_t at, int64_t count, int64_t channel) {
-    if (sums.dweight) {
-      sums.dweight[row.first_channel + channel] += wide_sum<A>(count, [&](auto tag, int64_t i) {
-        return load(tag, d + at + i) * load(tag, xhat + at + i);
-      });
-    }
-    if (sums.dbias) {
-      sums.dbias[row.first_channel + channel] +=
-          wide_sum<A>(count, [&](auto tag, int64_t i) { return load(tag, d + at + i); });
-    }
+  const A* w = row.weight ? row.weight + column : nullptr;
+  const auto [sum, dot] = wide_sum_and_dot<A>(n, [&](auto tag, int64_t i, auto& v) {
+    v = load(tag, xhat + i);
+    auto in = load(tag, d + i);
+    if (w) in = in * load(tag, w + i);
+    return store(tag, g + i, in);
   });
-}
-
-// g = d * weight
-template <typename T>
-void times_weight(const Row<T>& row, const acc_t<T>* d, int64_t first, int64_t n, acc_t<T>* g) {
-  using A = acc_t<T>;
-  if (row.view.inner == 1 && row.weight) {
-    const A* w = row.weight + row.first_channel + first;
-    for_each_wide<A>(
-        n, [&](auto tag, int64_t i) { store(tag, g + i, load(tag, d + i) * load(tag, w + i)); });
-    return;
-  }
-  for_each_channel(first, n, row.view.inner, [&](int64_t at, int64_t count, int64_t channel) {
-    const A w = row.weight ? row.weight[row.first_channel + channel] : A(1);
-    for_each_wide<A>(
-        count, [&](auto tag, int64_t i) { store(tag, g + at + i, load(tag, d + at + i) * w); });
-  });
+  total.g += sum;
+  total.gx += dot;
 }
 
 }  // namespace fastnorm::cpu

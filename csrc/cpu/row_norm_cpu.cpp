@@ -32,10 +32,10 @@ constexpr int64_t kRowCost = 64;  // columns whose time a row takes that has non
 // Rows that are added one by one in float: 131,072 in a chain lost 5 times torch's precision.
 constexpr int64_t kSumRows = 64;
 
-// y = xhat * weight + bias of columns [first, first + n), with nothing after it and one parameter
-// per column: no scratch. `next` is what the following row reads.
-template <typename T>
-void apply_plain(const Row<T>& row, const acc_t<T>* x, int64_t first, int64_t n, T* y,
+// y = xhat * weight + bias of columns [first, first + n), with one parameter per column. `next` is
+// what the following row reads.
+template <typename T, typename Out>
+void apply_plain(const Row<T>& row, const acc_t<T>* x, int64_t first, int64_t n, Out* y,
                  const T* next) {
   using A = acc_t<T>;
   const A *w = row.weight ? row.weight + row.first_channel + first : nullptr,
@@ -59,8 +59,8 @@ void apply_plain(const Row<T>& row, const acc_t<T>* x, int64_t first, int64_t n,
 }
 
 // The same with one parameter per `inner` columns.
-template <typename T>
-void apply_channels(const Row<T>& row, const acc_t<T>* x, int64_t first, int64_t n, T* y,
+template <typename T, typename Out>
+void apply_channels(const Row<T>& row, const acc_t<T>* x, int64_t first, int64_t n, Out* y,
                     const T* next) {
   using A = acc_t<T>;
   const A mean = row.mean, rstd = row.rstd;
@@ -117,17 +117,22 @@ void forward_row(const NormForward<T>& p, int64_t index, acc_t<T>* scratch) {
   for_each_stretch(n, epilogue ? kChunk : kStretch, [&](int64_t i, int64_t m) {
     const A* values = scratch + i;
     if (!keep || std::is_same_v<T, A>) values = widened(x + i, m, scratch);
-    if (!epilogue) {
-      const auto apply = c.view.inner == 1 ? apply_plain<T> : apply_channels<T>;
-      return apply(row, values, i, m, p.y + at + i, p.x + at + n + i);
-    }
+    T* y = p.y + at + i;
+    const T* next = p.x + at + n + i;
+    const auto apply = [&](auto* out) {
+      c.view.inner == 1 ? apply_plain(row, values, i, m, out, next)
+                        : apply_channels(row, values, i, m, out, next);
+    };
+    if (!epilogue) return apply(y);
     A buffer[kChunk];
-    row.center(values, m, buffer);
-    row.affine(buffer, i, m, buffer);
+    apply(buffer);
     if (p.residual) add_chunk(p.residual + at + i, buffer, m);
+    if (!c.dropout.seed && c.activation != Activation::None) {
+      return activate_chunk(c.activation, buffer, y, m);
+    }
     activate_chunk(c.activation, buffer, m);
     if (c.dropout.seed) apply_dropout(buffer, m, at + i, c.dropout);
-    store_chunk(buffer, p.y + at + i, m);
+    store_chunk(buffer, y, m);
   });
 }
 
@@ -142,14 +147,16 @@ void epilogue_backward(const NormBackward<T>& p, const Row<T>& row, int64_t at, 
     std::fill_n(d, n, acc_t<T>(0));
     return;
   }
-  load_chunk(p.dy + at + first, d, n);
-  if (c.prologue) return;
-  if (c.dropout.seed) apply_dropout(d, n, at + first, c.dropout);
-  if (c.activation != Activation::None) {
+  const T* dy = p.dy + at + first;
+  const bool activated = !c.prologue && c.activation != Activation::None;
+  if (activated) {
     row.affine(xhat, first, n, pre);
     if (p.residual) add_chunk(p.residual + at + first, pre, n);
-    activate_chunk_backward(c.activation, pre, d, n);
+    if (!c.dropout.seed) return activate_chunk_backward(c.activation, pre, dy, d, n);
   }
+  load_chunk(dy, d, n);
+  if (c.dropout.seed && !c.prologue) apply_dropout(d, n, at + first, c.dropout);
+  if (activated) activate_chunk_backward(c.activation, pre, d, n);
 }
 
 // The means of g and of g * xhat over a row, which dx subtracts.
@@ -352,30 +359,24 @@ void backward_row(const NormBackward<T>& p, int64_t index, acc_t<T> rstd,
     row.center(p.x + at + first, m, xhat);
     epilogue_backward(p, row, at, first, m, xhat, pre, d);
     if (p.dresidual && !c.prologue) store_chunk(d, p.dresidual + at + first, m);
-    add_channel_sums(row, d, xhat, first, m, sums);
-    A* g = scratch.data() + first;
-    times_weight(row, d, first, m, g);
-    const auto [sum_g, sum_gx] = wide_sum_and_dot<A>(m, [&](auto tag, int64_t i, auto& v) {
-      v = load(tag, xhat + i);
-      return load(tag, g + i);
-    });
-    total.g += sum_g;
-    total.gx += sum_gx;
+    add_sums(row, d, xhat, first, m, scratch.data() + first, sums, total);
   });
   if (!p.dx && !(c.prologue && p.dresidual)) return;
   const RowMeans<A> mean(c, total);
   for_each_stretch(n, kChunk, [&](int64_t first, int64_t m) {
     const T* x = p.x + at + first;
     const A* g = scratch.data() + first;
-    for_each_wide<A>(m, [&](auto tag, int64_t i) {
-      const auto v = (load(tag, x + i) - row.mean) * row.rstd;
-      store(tag, d + i, (load(tag, g + i) - mean.g - v * mean.gx) * row.rstd);
-    });
-    if (c.prologue) {
-      if (p.dsum) add_chunk(p.dsum + at + first, d, m);
-      if (p.dresidual) store_chunk(d, p.dresidual + at + first, m);
-      if (c.dropout.seed) apply_dropout(d, m, at + first, c.dropout);
-    }
+    const auto write = [&](auto* out) {
+      for_each_wide<A>(m, [&](auto tag, int64_t i) {
+        const auto v = (load(tag, x + i) - row.mean) * row.rstd;
+        store(tag, out + i, (load(tag, g + i) - mean.g - v * mean.gx) * row.rstd);
+      });
+    };
+    if (!c.prologue) return write(p.dx + at + first);
+    write(d);
+    if (p.dsum) add_chunk(p.dsum + at + first, d, m);
+    if (p.dresidual) store_chunk(d, p.dresidual + at + first, m);
+    if (c.dropout.seed) apply_dropout(d, m, at + first, c.dropout);
     if (p.dx) store_chunk(d, p.dx + at + first, m);
   });
 }
