@@ -15,7 +15,17 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastnorm import _build, _channels, _dtensor, _export, _layers, _parts, _reference, _running
+from fastnorm import (
+    _build,
+    _channels,
+    _dtensor,
+    _export,
+    _fx,
+    _layers,
+    _parts,
+    _reference,
+    _running,
+)
 from fastnorm._channels import Normed
 from fastnorm._checks import (
     check_input,
@@ -394,6 +404,8 @@ class _BatchNorm(RunningStatistics, torch.nn.modules.batchnorm._BatchNorm):
         mask: Tensor | None = None,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
+        if isinstance(input, _fx.Proxy):
+            return _fx.leaf(self, input, residual, mask=mask, lengths=lengths)
         self._check_input_dim(input)
         running_mean, running_var = self.running_mean, self.running_var
         weight, bias = self.weight, self.bias
@@ -576,6 +588,8 @@ class _RunningBatchNorm(_BatchNorm):
     def forward(  # type: ignore[override]
         self, input: Tensor, residual: Tensor | None = None
     ) -> Tensor:
+        if isinstance(input, _fx.Proxy):
+            return _fx.leaf(self, input, residual)
         self._check_input_dim(input)
         check_input(input)
         check_residual(residual, input)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
-from fastnorm import _build, _philox
+from fastnorm import _build, _fx, _philox
 from fastnorm._checks import check_generator, check_input, check_probability
 from fastnorm._dropout import (
     ALPHA,
@@ -456,6 +456,8 @@ class Dropout(torch.nn.Dropout):
         return bits
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if isinstance(input, _fx.Proxy):
+            return _fx.leaf(self, input, residual)
         if self.mode == "inverted" and not self.shared_dims:
             return dropout(
                 input, self.p, self.training, self.inplace, activation=self.activation,
@@ -506,6 +508,8 @@ class _Drops(_DropoutNd):
         self.generator = generator
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, _fx.Proxy):
+            return _fx.leaf(self, input)
         if self.ranks and isinstance(input, Tensor) and input.dim() not in self.ranks:
             raise ValueError(f"input: expected {self.shapes}, got {input.dim()} dimensions")
         return type(self).function(
@@ -628,6 +632,8 @@ class StochasticDepth(torch.nn.Module):
         self.generator = generator
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if isinstance(input, _fx.Proxy):
+            return _fx.leaf(self, input, residual)
         return stochastic_depth(
             input, self.p, self.mode, self.training, residual=residual,
             scale_by_keep=self.scale_by_keep, generator=self.generator,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastnorm import _build, _channels, _dtensor, _export, _layers
+from fastnorm import _build, _channels, _dtensor, _export, _fx, _layers
 from fastnorm._checks import (
     check_input,
     check_number,
@@ -211,6 +211,8 @@ class GroupNorm(torch.nn.GroupNorm):
         mask: Tensor | None = None,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
+        if isinstance(input, _fx.Proxy):
+            return _fx.leaf(self, input, residual, mask=mask, lengths=lengths)
         return group_norm(
             input,
             self.num_groups,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.instancenorm import _InstanceNorm as _TorchInstanceNorm
 
-from fastnorm import _build, _channels, _dtensor, _export, _layers, _running
+from fastnorm import _build, _channels, _dtensor, _export, _fx, _layers, _running
 from fastnorm._checks import (
     check_input,
     check_number,
@@ -230,6 +230,8 @@ class _InstanceNorm(RunningStatistics, _TorchInstanceNorm):
         mask: Tensor | None = None,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
+        if isinstance(input, _fx.Proxy):
+            return _fx.leaf(self, input, residual, mask=mask, lengths=lengths)
         self._check_input_dim(input)
         unbatched = input.dim() == self._get_no_batch_dim()
         channels = input.size(0 if unbatched else 1)

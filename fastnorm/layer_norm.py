@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastnorm import _build, _layers
+from fastnorm import _build, _fx, _layers
 from fastnorm._reference import MEAN_VAR
 from fastnorm.epilogue import ACTIVATION_CODES, activation_code
 
@@ -229,6 +229,8 @@ class LayerNorm(torch.nn.LayerNorm):
         self.dropout_p = dropout_p
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if isinstance(input, _fx.Proxy):
+            return _fx.leaf(self, input, residual)
         return layer_norm(
             input,
             self.normalized_shape,
@@ -279,6 +281,8 @@ class AddLayerNorm(torch.nn.LayerNorm):
     def forward(  # type: ignore[override]
         self, input: Tensor, residual: Tensor
     ) -> tuple[Tensor, Tensor]:
+        if isinstance(input, _fx.Proxy):
+            return _fx.leaf(self, input, residual)
         return add_layer_norm(
             input,
             residual,

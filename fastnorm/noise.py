@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastnorm import _fx
 from fastnorm._checks import check_generator, check_input, check_probability
 
 __all__ = ["DropBlock2d", "DropBlock3d", "GaussianDropout", "GaussianNoise"]
@@ -49,6 +50,8 @@ class GaussianNoise(torch.nn.Module):
         self.generator = generator
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, _fx.Proxy):
+            return _fx.leaf(self, input)
         if not self.training or self.std == 0:
             return input
         return input + self.std * _normal(input, self.generator)
@@ -87,6 +90,8 @@ class GaussianDropout(torch.nn.Module):
         self.generator = generator
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, _fx.Proxy):
+            return _fx.leaf(self, input)
         if not self.training or self.p == 0:
             return input
         return input * (1 + math.sqrt(self.p / (1 - self.p)) * _normal(input, self.generator))
@@ -144,6 +149,8 @@ class _DropBlock(torch.nn.Module):
         return 1.0 - pool(hit, block, stride=1)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, _fx.Proxy):
+            return _fx.leaf(self, input)
         check_input(input)
         if input.dim() != self.spatial + 2:
             raise ValueError(f"input: expected {self.shapes}, got {input.dim()} dimensions")

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastnorm import _build, _layers
+from fastnorm import _build, _fx, _layers
 from fastnorm._reference import MEAN_SQUARE
 from fastnorm.epilogue import ACTIVATION_CODES, activation_code
 
@@ -258,6 +258,8 @@ class RMSNorm(torch.nn.RMSNorm):
         _reset_weight(self)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if isinstance(input, _fx.Proxy):
+            return _fx.leaf(self, input, residual)
         return rms_norm(
             input,
             self.normalized_shape,
@@ -313,6 +315,8 @@ class AddRMSNorm(torch.nn.RMSNorm):
     def forward(  # type: ignore[override]
         self, input: Tensor, residual: Tensor
     ) -> tuple[Tensor, Tensor]:
+        if isinstance(input, _fx.Proxy):
+            return _fx.leaf(self, input, residual)
         return add_rms_norm(
             input,
             residual,

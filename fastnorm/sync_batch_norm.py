@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastnorm import _ops, _parts
+from fastnorm import _fx, _ops, _parts
 from fastnorm.batch_norm import _BatchNorm, _RunningBatchNorm, normalize
 
 __all__ = ["SyncBatchNorm"]
@@ -86,6 +86,8 @@ class SyncBatchNorm(_BatchNorm):
         mask: Tensor | None = None,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
+        if isinstance(input, _fx.Proxy):
+            return _fx.leaf(self, input, residual, mask=mask, lengths=lengths)
         batch_statistics, update = self._mode(self.running_mean)
         if not (self.training and (batch_statistics or update) and is_shared(self.process_group)):
             return super().forward(input, residual, mask=mask, lengths=lengths)
