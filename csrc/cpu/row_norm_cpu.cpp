@@ -7,7 +7,7 @@
 //   backward   d = dropout'(dy) * activation'(pre)         also the gradient of the residual
 //              dbias += d, dweight += d * xhat, g = d * weight
 //              dx = rstd * (g - mean(g) - xhat * mean(g * xhat))
-//              (RMS norm has no mean(g); frozen statistics have neither mean)
+//              (RMS norm has no mean(g); frozen statistics never take this geometry)
 //
 // A row is cut into stretches of kStretch elements, which stay in L1 between the two passes of the
 // variance; their moments are merged in order, in double. A 16-bit row is widened once, into
@@ -96,21 +96,17 @@ void forward_row(const NormForward<T>& p, int64_t index, acc_t<T>* scratch) {
   using A = acc_t<T>;
   const NormConfig& c = p.config;
   const int64_t n = c.view.reduce_inner, at = index * n;
-  const bool keep = n <= kScratch && !c.frozen;
+  const bool keep = n <= kScratch;
   T* x = c.prologue ? p.sum + at : const_cast<T*>(p.x) + at;  // written only as the sum
   RowStats<T> stats;
-  if (c.frozen) {
-    stats = {p.mean ? p.mean[index] : A(0), p.var[index]};
+  if (c.prologue && !c.dropout.seed) {
+    stats = row_stats<true>(p, at, x, scratch, keep);
   } else {
-    if (c.prologue && !c.dropout.seed) {
-      stats = row_stats<true>(p, at, x, scratch, keep);
-    } else {
-      if (c.prologue) drop_and_add(p, at, n);
-      stats = row_stats<false>(p, at, x, scratch, keep);
-    }
-    if (p.mean) p.mean[index] = stats.mean;
-    p.var[index] = stats.var;
+    if (c.prologue) drop_and_add(p, at, n);
+    stats = row_stats<false>(p, at, x, scratch, keep);
   }
+  if (p.mean) p.mean[index] = stats.mean;
+  p.var[index] = stats.var;
   const A rstd = rstd_of(stats.var, c.eps);
   const Row<T> row = make_row<T>(c, index, stats.mean, rstd, p.weight, p.bias);
   const bool epilogue = !c.prologue && has_epilogue(c, p.residual);
@@ -165,8 +161,8 @@ struct RowMeans {
   A g, gx;
   RowMeans(const NormConfig& c, const BackwardSums<double>& sums) {
     const double share = 1.0 / c.view.reduce_inner;
-    g = c.frozen || c.statistic == Statistic::MeanSquare ? A(0) : static_cast<A>(sums.g * share);
-    gx = c.frozen ? A(0) : static_cast<A>(sums.gx * share);
+    g = c.statistic == Statistic::MeanSquare ? A(0) : static_cast<A>(sums.g * share);
+    gx = static_cast<A>(sums.gx * share);
   }
 };
 
