@@ -72,14 +72,10 @@ def frozen_statistics(
     dtype = accumulate_dtype(input.dtype)
     if update:
         return snapshot(mean.detach(), dtype), snapshot(var.detach(), dtype)
-    # A trace must not depend on whether gradients are recorded: torch checks that it doesn't.
-    saved = (
-        torch.is_grad_enabled()
-        and not torch.jit.is_tracing()
-        and any(t is not None and t.requires_grad for t in (input, *others))
-    )
     # torch.jit.trace runs again without gradients, and must find the same graph.
-    saved = saved or torch.jit.is_tracing()
+    saved = torch.jit.is_tracing() or (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, *others))
+    )
     return (
         mean.detach().to(dtype, copy=saved).contiguous(),
         var.detach().to(dtype, copy=saved).contiguous(),
