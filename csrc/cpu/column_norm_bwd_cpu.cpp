@@ -398,10 +398,7 @@ void column_norm_bwd(const NormBackward<T>& p) {
 }
 
 #define FASTNORM_INSTANTIATE(T) template void column_norm_bwd<T>(const NormBackward<T>&);
-FASTNORM_INSTANTIATE(float)
-FASTNORM_INSTANTIATE(double)
-FASTNORM_INSTANTIATE(c10::BFloat16)
-FASTNORM_INSTANTIATE(c10::Half)
+FASTNORM_FOR_EACH_DTYPE(FASTNORM_INSTANTIATE)
 #undef FASTNORM_INSTANTIATE
 
 }  // namespace fastnorm::cpu

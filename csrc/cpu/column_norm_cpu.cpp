@@ -213,10 +213,7 @@ const char* column_norm_form(const View& v, int element_size) {
 }
 
 #define FASTNORM_INSTANTIATE(T) template void column_norm_fwd<T>(const NormForward<T>&);
-FASTNORM_INSTANTIATE(float)
-FASTNORM_INSTANTIATE(double)
-FASTNORM_INSTANTIATE(c10::BFloat16)
-FASTNORM_INSTANTIATE(c10::Half)
+FASTNORM_FOR_EACH_DTYPE(FASTNORM_INSTANTIATE)
 #undef FASTNORM_INSTANTIATE
 
 }  // namespace fastnorm::cpu

@@ -252,10 +252,7 @@ void dropout_bwd(const DropoutBackward<T>& p) {
 #define FASTNORM_INSTANTIATE(T)                           \
   template void dropout_fwd<T>(const DropoutForward<T>&); \
   template void dropout_bwd<T>(const DropoutBackward<T>&);
-FASTNORM_INSTANTIATE(float)
-FASTNORM_INSTANTIATE(double)
-FASTNORM_INSTANTIATE(c10::BFloat16)
-FASTNORM_INSTANTIATE(c10::Half)
+FASTNORM_FOR_EACH_DTYPE(FASTNORM_INSTANTIATE)
 #undef FASTNORM_INSTANTIATE
 
 }  // namespace fastnorm::cpu

@@ -63,3 +63,7 @@ const char* row_norm_form(const View& view, int element_size);
 const char* column_norm_form(const View& view, int element_size);
 
 }  // namespace fastnorm::cpu
+
+// instantiate(T) for every dtype that has kernels.
+#define FASTNORM_FOR_EACH_DTYPE(instantiate) \
+  instantiate(float) instantiate(double) instantiate(c10::BFloat16) instantiate(c10::Half)

@@ -272,10 +272,7 @@ void pixel_norm_bwd(const NormBackward<T>& p) {
 #define FASTNORM_PIXEL_NORM(T)                            \
   template void pixel_norm_fwd<T>(const NormForward<T>&); \
   template void pixel_norm_bwd<T>(const NormBackward<T>&);
-FASTNORM_PIXEL_NORM(float)
-FASTNORM_PIXEL_NORM(double)
-FASTNORM_PIXEL_NORM(c10::BFloat16)
-FASTNORM_PIXEL_NORM(c10::Half)
+FASTNORM_FOR_EACH_DTYPE(FASTNORM_PIXEL_NORM)
 #undef FASTNORM_PIXEL_NORM
 
 }  // namespace fastnorm::cpu

@@ -395,10 +395,7 @@ void plane_norm_bwd(const NormBackward<T>& p) {
 #define FASTNORM_PLANE_NORM(T)                            \
   template void plane_norm_fwd<T>(const NormForward<T>&); \
   template void plane_norm_bwd<T>(const NormBackward<T>&);
-FASTNORM_PLANE_NORM(float)
-FASTNORM_PLANE_NORM(double)
-FASTNORM_PLANE_NORM(c10::BFloat16)
-FASTNORM_PLANE_NORM(c10::Half)
+FASTNORM_FOR_EACH_DTYPE(FASTNORM_PLANE_NORM)
 #undef FASTNORM_PLANE_NORM
 
 }  // namespace fastnorm::cpu

@@ -489,10 +489,7 @@ const char* row_norm_form(const View& view, int element_size) {
 #define FASTNORM_INSTANTIATE(T)                         \
   template void row_norm_fwd<T>(const NormForward<T>&); \
   template void row_norm_bwd<T>(const NormBackward<T>&);
-FASTNORM_INSTANTIATE(float)
-FASTNORM_INSTANTIATE(double)
-FASTNORM_INSTANTIATE(c10::BFloat16)
-FASTNORM_INSTANTIATE(c10::Half)
+FASTNORM_FOR_EACH_DTYPE(FASTNORM_INSTANTIATE)
 #undef FASTNORM_INSTANTIATE
 
 }  // namespace fastnorm::cpu
