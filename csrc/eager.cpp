@@ -183,8 +183,9 @@ std::tuple<at::Tensor, at::Tensor> any_add_norm(
 
 std::string form(std::array<int64_t, 6> v, int element_size) {
   const View view = to_view(v);
-  return view.reduce_outer == 1 && view.tail == 1 ? cpu::row_norm_form(view, element_size)
-                                                  : cpu::column_norm_form(view, element_size);
+  return view.reduce_outer == 1 && view.tail == 1 && !cpu::is_plane(view)
+             ? cpu::row_norm_form(view, element_size)
+             : cpu::column_norm_form(view, element_size);
 }
 
 const char* simd_level() {

@@ -78,6 +78,8 @@ class ParameterGradient {
   A* sums_ = nullptr;
 };
 
+bool takes_rows(const NormConfig& config) { return config.is_row() && !is_plane(config.view); }
+
 struct CpuNorm {
   static void forward(const NormConfig& config, const at::Tensor& x, const OptionalTensor& residual,
                       const OptionalTensor& weight, const OptionalTensor& bias,
@@ -94,7 +96,7 @@ struct CpuNorm {
           config,  input_data<T>(x),      input_data<T>(residual), w.get(),
           b.get(), output_data<T>(out.y), output_data<T>(out.sum), centered ? m : nullptr,
           v};
-      config.is_row() ? row_norm_fwd(p) : column_norm_fwd(p);
+      takes_rows(config) ? row_norm_fwd(p) : column_norm_fwd(p);
     });
   }
 
@@ -128,7 +130,7 @@ struct CpuNorm {
                               output_data<T>(out.residual),
                               dweight.get(),
                               dbias.get()};
-      config.is_row() ? row_norm_bwd(p) : column_norm_bwd(p);
+      takes_rows(config) ? row_norm_bwd(p) : column_norm_bwd(p);
       dweight.finish();
       dbias.finish();
     });

@@ -339,11 +339,6 @@ void pixel_norm_fwd(const NormForward<T>& p);
 template <typename T>
 void pixel_norm_bwd(const NormBackward<T>& p);
 
-// Planes shorter than this go to the column form, whose cost does not depend on their length.
-constexpr int64_t kMinPlane = 16;
-
-inline bool is_plane(const View& v) { return v.inner == v.reduce_inner && v.inner >= kMinPlane; }
-
 // One pixel per sample: the channels are a contiguous row.
 inline bool is_single_pixel(const View& v) { return v.kept == 1 && v.tail == v.reduce_outer; }
 

@@ -45,14 +45,22 @@ struct NormBackward {
   acc_t<T>* dbias;
 };
 
-// Row geometry: config.view.reduce_outer == 1.
+// Planes shorter than this go to the forms whose cost does not depend on their length.
+constexpr int64_t kMinPlane = 16;
+
+// Whether statistics are those of contiguous planes of one channel each.
+inline bool is_plane(const View& v) {
+  return v.inner >= kMinPlane && (v.inner == v.reduce_inner || v.reduce_outer == 1);
+}
+
+// Row geometry: config.is_row(), and not is_plane().
 template <typename T>
 void row_norm_fwd(const NormForward<T>& p);
 template <typename T>
 void row_norm_bwd(const NormBackward<T>& p);
 
-// Column geometry: everything else (batch norm in both layouts, channels-last group and instance
-// norm, layer norm over the channels of NCHW).
+// Column geometry: everything else (batch, group and instance norm in both layouts, layer norm over
+// the channels of NCHW).
 template <typename T>
 void column_norm_fwd(const NormForward<T>& p);
 template <typename T>

@@ -1,16 +1,17 @@
-// The plane form: batch norm of NCHW. A channel is `reduce_outer` planes of `inner` contiguous
-// elements, a row of all channels apart. It is cut into chunks, of several planes or of a part of
+// The plane form: statistics over planes of `inner` contiguous elements. Those of batch norm of
+// NCHW are a row of all channels apart; those of group and instance norm of NCHW, the channels of
+// a group, follow each other. A statistic is cut into chunks, of several planes or of a part of
 // one, and a chunk into pieces that fit in L1; short planes are gathered, so that every loop runs
 // over a contiguous piece.
 //
-// A channel that fits in L2 is one task: sums, then the map, one read of DRAM. A larger one is
-// split: all chunks' sums, merged per channel in index order, then the map, backwards so that the
-// cache still holds the end.
+// A statistic that fits in L2 is one task: sums, then the map, one read of DRAM. A larger one is
+// split: all chunks' sums, merged per statistic in index order, then the map, backwards so that
+// the cache still holds the end.
 //
 // Backward, with d = x - mean, r = 1 / sqrt(var + eps), g the gradient of the norm, w the weight,
-// and n the elements of a channel:
-//   dbias = sum(g), dweight = r sum(g d)
-//   dx = r w g + c d + e,  c = -r^3 w sum(g d) / n,  e = -r w sum(g) / n
+// and n the elements of a statistic:
+//   dbias = sum(g), dweight = sum(r g d)   over the elements of a channel
+//   dx = r w g + c d + e,  c = -r^2 sum(w r g d) / n,  e = -r sum(w g) / n
 #include "cpu/plane_tiling.h"
 
 namespace fastnorm::cpu {
@@ -25,68 +26,64 @@ class PlaneForward {
       : p_(p), v_(p.config.view), t_(v_, p.config.frozen) {}
 
   void run() {
-    const int64_t channels = v_.outer * v_.kept;
-    const int64_t bytes = v_.reduce_outer * t_.length * static_cast<int64_t>(sizeof(T));
     if (t_.resident) {
-      return parallel_tasks(channels, bytes, [&](int64_t channel) { visit(channel); });
+      return parallel_tasks(t_.statistics, t_.statistic_bytes(sizeof(T)),
+                            [&](int64_t k) { visit(k); });
     }
-    if (!p_.config.frozen) split_statistics(channels);
-    t_.for_each_chunk(v_, sizeof(T), true,
-                      [&](int64_t channel, int64_t index) { map(channel, index); });
+    if (t_.in_order) {
+      return t_.for_each_chunk_in_order(v_, sizeof(T), [&](int64_t k, int64_t i) { map(k, i); });
+    }
+    t_.for_each_wave(sizeof(T), [&](int64_t begin, int64_t end) {
+      if (!p_.config.frozen) split_statistics(begin, end);
+      t_.for_each_chunk(begin, end, sizeof(T), true, [&](int64_t k, int64_t i) { map(k, i); });
+    });
   }
 
  private:
-  PlaneChunk chunk(int64_t channel, int64_t index) const {
-    return PlaneChunk(v_, t_, channel / v_.kept, channel % v_.kept, index);
-  }
-
-  void split_statistics(int64_t channels) {
-    const auto moments = uninitialized<Moments<double>>(channels * t_.chunks);
-    t_.for_each_chunk(v_, sizeof(T), false, [&](int64_t channel, int64_t index) {
-      moments[channel * t_.chunks + index] = chunk_moments(chunk(channel, index));
+  void split_statistics(int64_t begin, int64_t end) {
+    const auto moments = uninitialized<Moments<double>>((end - begin) * t_.chunks);
+    t_.for_each_chunk(begin, end, sizeof(T), false, [&](int64_t k, int64_t i) {
+      moments[(k - begin) * t_.chunks + i] = chunk_moments(k, i);
     });
-    for (int64_t channel = 0; channel < channels; ++channel) {
-      Moments<double> total = moments[channel * t_.chunks];
-      for (int64_t i = 1; i < t_.chunks; ++i) total.merge(moments[channel * t_.chunks + i]);
-      finish_statistics(channel, total);
+    for (int64_t k = begin; k < end; ++k) {
+      Moments<double> total = moments[(k - begin) * t_.chunks];
+      for (int64_t i = 1; i < t_.chunks; ++i) total.merge(moments[(k - begin) * t_.chunks + i]);
+      finish_statistics(k, total);
     }
   }
 
-  void visit(int64_t channel) {
+  void visit(int64_t statistic) {
     if (!p_.config.frozen) {
       Moments<double> total;
-      for (int64_t i = 0; i < t_.chunks; ++i) total.merge(chunk_moments(chunk(channel, i)));
-      finish_statistics(channel, total);
+      for (int64_t i = 0; i < t_.chunks; ++i) total.merge(chunk_moments(statistic, i));
+      finish_statistics(statistic, total);
     }
-    for (int64_t i = t_.chunks; i-- > 0;) map(channel, i);
+    for (int64_t i = t_.chunks; i-- > 0;) map(statistic, i);
   }
 
-  Moments<double> chunk_moments(const PlaneChunk& chunk) const {
+  Moments<double> chunk_moments(int64_t statistic, int64_t index) const {
+    const PlaneChunk chunk = PlaneChunk(v_, t_, statistic, index).joined();
     const bool centered = p_.config.statistic == Statistic::MeanVar;
     A shift = 0;
     bool first = centered;
-    PairSum<A> sums;
-    chunk.for_each_piece([&](const Stretches& at, int64_t) {
-      prefetch_next(p_.x, at, chunk.stride);
+    double sum = 0, square = 0;
+    chunk.for_each_piece([&](const Stretches& at, int64_t, int64_t) {
+      prefetch_next(p_.x, at);
       at.for_each([&](int64_t offset, int64_t) {
         const T* x = p_.x + offset;
         if (first) shift = mean_of(x, at.length);
         first = false;
-        sums.add(at.length, [&](auto tag, int64_t i, auto& sum, auto& square) {
-          const auto v = load(tag, x + i);
-          using V = std::remove_const_t<decltype(v)>;
-          const V d = v - V(shift);
-          sum += d;
-          square = fmadd(d, d, square);
-        });
+        const auto [s, q] = wide_sum_and_dot<A>(
+            at.length, [&](auto tag, int64_t i, auto& d) { return d = load(tag, x + i) - shift; });
+        sum += s;
+        square += q;
       });
     });
     Moments<double> m;
     m.count = static_cast<double>(chunk.size());
     if (m.count == 0) return m;
-    const double s = sums.first(), square = sums.second();
-    m.mean = centered ? shift + s / m.count : 0.0;
-    m.m2 = centered ? square - s * s / m.count : square;
+    m.mean = centered ? shift + sum / m.count : 0.0;
+    m.m2 = centered ? square - sum * sum / m.count : square;
     if (m.m2 < 0) m.m2 = 0;
     return m;
   }
@@ -102,38 +99,41 @@ class PlaneForward {
     return x0 + sum.total() / static_cast<A>(n);
   }
 
-  void finish_statistics(int64_t channel, const Moments<double>& m) const {
-    if (p_.mean != nullptr) p_.mean[channel] = static_cast<A>(m.mean);
-    p_.var[channel] = static_cast<A>(m.m2 / m.count);
+  void finish_statistics(int64_t statistic, const Moments<double>& m) const {
+    if (p_.mean != nullptr) p_.mean[statistic] = static_cast<A>(m.mean);
+    p_.var[statistic] = static_cast<A>(m.m2 / m.count);
   }
 
-  void map(int64_t channel, int64_t index) const {
-    const ChannelMap<A> map(p_.config, channel, channel % v_.kept, p_.mean, p_.var, p_.weight,
+  void map(int64_t statistic, int64_t index) const {
+    const PlaneMaps<A> maps(p_.config, t_.per_channel, statistic, p_.mean, p_.var, p_.weight,
                             p_.bias);
     const bool epilogue = has_epilogue(p_.config, p_.residual), relu = is_fused_relu(p_);
     const bool direct = !epilogue || relu;
     alignas(64) A values[kPiece];
-    chunk(channel, index).for_each_piece([&](const Stretches& at, int64_t) {
-      prefetch_channel(p_.x, at, v_);
-      if (!direct) {
-        map.normalize(p_.x, at, values);
-        return finish_forward(p_.config, at, values, p_.residual, p_.y);
-      }
-      at.for_each([&](int64_t offset, int64_t) {
-        const T* x = p_.x + offset;
-        T* y = p_.y + offset;
-        if (!relu) {
-          map.normalize(x, y, at.length, [](auto, int64_t, auto v) { return v; });
-        } else if (p_.residual == nullptr) {
-          map.normalize(x, y, at.length, [](auto, int64_t, auto v) { return Relu::forward(v); });
-        } else {
-          map.normalize(x, y, at.length,
-                        [residual = p_.residual + offset](auto tag, int64_t i, auto v) {
-                          return Relu::forward(v + load(tag, residual + i));
-                        });
-        }
-      });
-    });
+    PlaneChunk(v_, t_, statistic, index)
+        .for_each_piece([&](const Stretches& at, int64_t plane, int64_t) {
+          prefetch_statistic(p_.x, at, v_, t_);
+          at.for_each([&](int64_t offset, int64_t j) {
+            const ChannelMap<A> map = maps[plane++];
+            const T* x = p_.x + offset;
+            T* y = p_.y + offset;
+            const auto plain = [](auto, int64_t, auto v) { return v; };
+            if (!direct) {
+              map.normalize(x, values + j, at.length, plain);
+            } else if (!relu) {
+              map.normalize(x, y, at.length, plain);
+            } else if (p_.residual == nullptr) {
+              map.normalize(x, y, at.length,
+                            [](auto, int64_t, auto v) { return Relu::forward(v); });
+            } else {
+              map.normalize(x, y, at.length,
+                            [residual = p_.residual + offset](auto tag, int64_t i, auto v) {
+                              return Relu::forward(v + load(tag, residual + i));
+                            });
+            }
+          });
+          if (!direct) finish_forward(p_.config, at, values, p_.residual, p_.y);
+        });
   }
 
   const NormForward<T>& p_;
@@ -168,84 +168,108 @@ class PlaneBackward {
   }
 
   void run() {
-    const int64_t channels = v_.outer * v_.kept;
-    const int64_t bytes = 2 * v_.reduce_outer * t_.length * static_cast<int64_t>(sizeof(T));
-    const auto totals = uninitialized<Sums>(channels);
+    if (sums_) partial_ = uninitialized<Sums>(t_.statistics * t_.channels() * t_.pieces());
     if (t_.resident) {
-      parallel_tasks(channels, bytes, [&](int64_t channel) {
-        A* cache = nullptr;
-        if (epilogue_ && sums_ && map_needed_ && !relu_ && stored_ == nullptr) {
-          cache = thread_scratch<A, Slot::Gradient>(v_.reduce_outer * t_.length);
-        }
-        for (int64_t i = 0; sums_ && i < t_.chunks; ++i) {
-          add(totals[channel], chunk_sums(channel, i, part_of(cache, channel, i)));
-        }
-        for (int64_t i = t_.chunks; map_needed_ && i-- > 0;) {
-          map(channel, i, totals[channel], part_of(cache, channel, i));
-        }
+      parallel_tasks(t_.statistics, t_.statistic_bytes(2 * sizeof(T)),
+                     [&](int64_t k) { visit(k); });
+    } else if (t_.in_order) {
+      t_.for_each_chunk_in_order(v_, 2 * sizeof(T), [&](int64_t k, int64_t i) {
+        sums_ ? chunk_sums(k, i, maps_of(k), nullptr) : map(k, i, maps_of(k), nullptr);
       });
-    } else {
-      if (sums_) split_sums(channels, totals.get());
-      if (map_needed_) {
-        t_.for_each_chunk(v_, 2 * sizeof(T), true, [&](int64_t channel, int64_t index) {
-          map(channel, index, totals[channel], nullptr);
-        });
+      for (int64_t k = 0; sums_ && k < t_.statistics; ++k) {
+        PlaneMaps<A> maps = maps_of(k);
+        finish_sums(k, maps);
       }
+    } else {
+      t_.for_each_wave(2 * sizeof(T), [&](int64_t begin, int64_t end) { split(begin, end); });
     }
-    if (parameters_) parameter_gradients(totals.get());
+    if (parameters_) parameter_gradients();
   }
 
  private:
-  static void add(Sums& total, const Sums& s) {
-    total.g += s.g;
-    total.gd += s.gd;
+  void visit(int64_t statistic) {
+    PlaneMaps<A> maps = maps_of(statistic);
+    A* cache = nullptr;
+    if (epilogue_ && sums_ && map_needed_ && !relu_ && stored_ == nullptr) {
+      cache = thread_scratch<A, Slot::Gradient>(t_.planes * t_.length);
+    }
+    if (sums_) {
+      for (int64_t i = 0; i < t_.chunks; ++i) {
+        chunk_sums(statistic, i, maps, part_of(cache, statistic, i));
+      }
+      finish_sums(statistic, maps);
+    }
+    for (int64_t i = t_.chunks; map_needed_ && i-- > 0;) {
+      map(statistic, i, maps, part_of(cache, statistic, i));
+    }
   }
 
-  PlaneChunk chunk(int64_t channel, int64_t index) const {
-    return PlaneChunk(v_, t_, channel / v_.kept, channel % v_.kept, index);
+  void split(int64_t begin, int64_t end) {
+    if (sums_) {
+      t_.for_each_chunk(begin, end, 2 * sizeof(T), false,
+                        [&](int64_t k, int64_t i) { chunk_sums(k, i, maps_of(k), nullptr); });
+    }
+    std::vector<PlaneMaps<A>> maps;
+    for (int64_t k = begin; k < end; ++k) {
+      maps.push_back(maps_of(k));
+      if (sums_) finish_sums(k, maps.back());
+    }
+    if (!map_needed_) return;
+    t_.for_each_chunk(begin, end, 2 * sizeof(T), true,
+                      [&](int64_t k, int64_t i) { map(k, i, maps[k - begin], nullptr); });
   }
 
-  // A resident channel's chunks are whole planes.
-  A* part_of(A* cache, int64_t channel, int64_t index) const {
+  PlaneMaps<A> maps_of(int64_t statistic) const {
+    return PlaneMaps<A>(p_.config, t_.per_channel, statistic, p_.mean, p_.var, p_.weight, p_.bias);
+  }
+
+  // The part of a resident statistic's cache, which keeps it in the order of the chunks.
+  A* part_of(A* cache, int64_t statistic, int64_t index) const {
     if (cache == nullptr) return nullptr;
-    const PlaneChunk c = chunk(channel, index);
+    const PlaneChunk c(v_, t_, statistic, index);
     return cache + c.first * t_.length + c.begin * (c.last - c.first);
   }
 
-  void split_sums(int64_t channels, Sums* totals) {
-    const auto partial = uninitialized<Sums>(channels * t_.chunks);
-    t_.for_each_chunk(v_, 2 * sizeof(T), false, [&](int64_t channel, int64_t index) {
-      partial[channel * t_.chunks + index] = chunk_sums(channel, index, nullptr);
-    });
-    for (int64_t task = 0; task < channels * t_.chunks; ++task) {
-      add(totals[task / t_.chunks], partial[task]);
-    }
+  // sum(g) and sum(r g d) of `piece` of a channel of the statistic.
+  Sums& partial(int64_t statistic, int64_t channel, int64_t piece) const {
+    return partial_[(statistic * t_.channels() + channel) * t_.pieces() + piece];
   }
 
-  void parameter_gradients(const Sums* totals) const {
-    for (int64_t c = 0; c < v_.kept; ++c) {
+  // Merges the pieces of each channel into its first, which give c and e.
+  void finish_sums(int64_t statistic, PlaneMaps<A>& maps) const {
+    double wg = 0, wgd = 0;
+    for (int64_t c = 0; c < t_.channels(); ++c) {
+      Sums& total = partial(statistic, c, 0);
+      for (int64_t i = 1; i < t_.pieces(); ++i) {
+        total.g += partial(statistic, c, i).g;
+        total.gd += partial(statistic, c, i).gd;
+      }
+      wg += maps.weight(c) * total.g;
+      wgd += maps.weight(c) * total.gd;
+    }
+    if (p_.config.frozen) return;
+    const double r = maps.rstd(), share = r / static_cast<double>(size_of(statistic));
+    const bool centered = p_.config.statistic == Statistic::MeanVar;
+    maps.set_gradient(-r * share * wgd, centered ? -share * wg : 0.0);
+  }
+
+  int64_t size_of(int64_t statistic) const {
+    return v_.rows_of(statistic / v_.kept) * v_.reduce_inner;
+  }
+
+  void parameter_gradients() const {
+    const int64_t channels = v_.channels();
+    parallel_tasks(channels, v_.outer * int64_t(sizeof(Sums)), [&](int64_t c) {
       double db = 0, dw = 0;
       for (int64_t o = 0; o < v_.outer; ++o) {
-        const int64_t channel = o * v_.kept + c;
-        db += totals[channel].g;
-        dw += inverse_std(p_.var[channel], p_.config.eps) * totals[channel].gd;
+        const Sums& s = partial_[(o * channels + c) * t_.pieces()];
+        db += s.g;
+        dw += s.gd;
       }
       if (p_.dbias != nullptr) p_.dbias[c] = static_cast<A>(db);
       if (p_.dweight != nullptr) p_.dweight[c] = static_cast<A>(dw);
-    }
+    });
   }
-
-  ChannelMap<A> channel_map(int64_t channel) const {
-    return ChannelMap<A>(p_.config, channel, channel % v_.kept, p_.mean, p_.var, p_.weight,
-                         p_.bias);
-  }
-
-  void gradient(const ChannelMap<A>& map, const Stretches& at, A* pre, A* grad,
-                T* dresidual) const {
-    if (p_.config.activation != Activation::None) map.normalize(p_.x, at, pre);
-    start_backward(p_.config, at, p_.dy, p_.residual, pre, grad, dresidual);
-  }
-
   // Calls f(grad) with the gradient behind a ReLU as a function grad(tag, d, element from
   // `offset`), which also writes it to dresidual.
   template <typename F>
@@ -269,72 +293,86 @@ class PlaneBackward {
     });
   }
 
+  // The gradient of the norm of a piece, to `grad` and `dresidual`.
+  void gradient(const PlaneMaps<A>& maps, const Stretches& at, int64_t plane, A* grad,
+                T* dresidual) const {
+    alignas(64) A pre[kPiece];
+    if (p_.config.activation != Activation::None) {
+      at.for_each([&](int64_t i, int64_t j) {
+        maps[plane++].normalize(p_.x + i, pre + j, at.length,
+                                [](auto, int64_t, auto v) { return v; });
+      });
+    }
+    start_backward(p_.config, at, p_.dy, p_.residual, pre, grad, dresidual);
+  }
+
   static void scale_to(const A* g, A scale, int64_t n, T* out) {
     for_each_wide<A>(n,
                      [&](auto tag, int64_t i) { store(tag, out + i, load(tag, g + i) * scale); });
   }
 
   // A cache keeps g in the order of the pieces.
-  Sums chunk_sums(int64_t channel, int64_t index, A* cache) const {
-    const ChannelMap<A> map = channel_map(channel);
-    alignas(64) A pre[kPiece], grad[kPiece];
-    PairSum<A> sums;
-    const auto add_sums = [&](int64_t offset, int64_t n, auto&& gradient_at) {
+  void chunk_sums(int64_t statistic, int64_t index, const PlaneMaps<A>& maps, A* cache) const {
+    const PlaneChunk chunk(v_, t_, statistic, index);
+    alignas(64) A grad[kPiece];
+    Sums sums;
+    const int64_t piece = t_.per_channel ? index % t_.parts : index;
+    const auto finish = [&](int64_t channel) {
+      partial(statistic, channel, piece) = {sums.g, sums.gd * maps.rstd()};
+      sums = {};
+    };
+    const auto add_sums = [&](const ChannelMap<A>& map, int64_t offset, int64_t n,
+                              auto&& gradient_at) {
       const T* x = p_.x + offset;
-      sums.add(n, [&](auto tag, int64_t i, auto& sum_g, auto& sum_gd) {
-        const auto v = load(tag, x + i);
-        using V = std::remove_const_t<decltype(v)>;
-        const V d = v - V(map.mean), g = gradient_at(tag, d, i);
-        sum_g += g;
-        sum_gd = fmadd(g, d, sum_gd);
+      const auto [g, gd] = wide_sum_and_dot<A>(n, [&](auto tag, int64_t i, auto& d) {
+        d = load(tag, x + i) - map.mean;
+        return gradient_at(tag, d, i);
       });
+      sums.g += g;
+      sums.gd += gd;
     };
-    const auto add_from = [&](int64_t offset, int64_t n, const auto* g) {
-      add_sums(offset, n, [=](auto tag, auto, int64_t i) { return load(tag, g + i); });
+    const auto add_from = [&](const ChannelMap<A>& map, int64_t offset, int64_t n, const auto* g) {
+      add_sums(map, offset, n, [=](auto tag, auto, int64_t i) { return load(tag, g + i); });
     };
-    const int64_t stride = v_.row_size();
-    chunk(channel, index).for_each_piece([&](const Stretches& at, int64_t first) {
-      prefetch_next(p_.x, at, stride);
-      prefetch_next(p_.dy, at, stride);
-      if (relu_ && fused_dx_ == nullptr) {
-        at.for_each([&](int64_t i, int64_t) {
-          with_relu_gradient(map, i, p_.dresidual,
-                             [&](auto gradient_at) { add_sums(i, at.length, gradient_at); });
-        });
-      } else if (!epilogue_ && fused_dx_ == nullptr) {
-        at.for_each([&](int64_t i, int64_t) { add_from(i, at.length, p_.dy + i); });
-      } else if (!epilogue_) {
-        at.for_each([&](int64_t offset, int64_t) {
-          add_sums(offset, at.length,
-                   [scale = map.scale, dy = p_.dy + offset, dx = fused_dx_ + offset](auto tag, auto,
-                                                                                     int64_t i) {
-                     const auto g = load(tag, dy + i);
-                     store(tag, dx + i, g * scale);
-                     return g;
-                   });
-        });
-      } else {
-        A* g = cache != nullptr ? cache + first : grad;
-        gradient(map, at, pre, g, p_.dresidual != nullptr ? p_.dresidual : stored_);
-        at.for_each([&](int64_t i, int64_t j) {
-          add_from(i, at.length, g + j);
-          if (fused_dx_ != nullptr) scale_to(g + j, map.scale, at.length, fused_dx_ + i);
-        });
+    int64_t channel = chunk.first;
+    chunk.for_each_piece([&](const Stretches& at, int64_t plane, int64_t first) {
+      prefetch_next(p_.x, at);
+      prefetch_next(p_.dy, at);
+      const A* g = grad;
+      if (epilogue_ && !(relu_ && fused_dx_ == nullptr)) {
+        A* out = cache != nullptr ? cache + first : grad;
+        gradient(maps, at, plane, out, p_.dresidual != nullptr ? p_.dresidual : stored_);
+        g = out;
       }
+      at.for_each([&](int64_t i, int64_t j) {
+        if (t_.per_channel && plane != channel) finish(channel);
+        channel = plane;
+        const ChannelMap<A> map = maps[plane++];
+        if (relu_ && fused_dx_ == nullptr) {
+          with_relu_gradient(map, i, p_.dresidual,
+                             [&](auto gradient_at) { add_sums(map, i, at.length, gradient_at); });
+        } else if (epilogue_) {
+          add_from(map, i, at.length, g + j);
+          if (fused_dx_ != nullptr) scale_to(g + j, map.scale, at.length, fused_dx_ + i);
+        } else if (fused_dx_ == nullptr) {
+          add_from(map, i, at.length, p_.dy + i);
+        } else {
+          add_sums(
+              map, i, at.length,
+              [scale = map.scale, dy = p_.dy + i, dx = fused_dx_ + i](auto tag, auto, int64_t k) {
+                const auto v = load(tag, dy + k);
+                store(tag, dx + k, v * scale);
+                return v;
+              });
+        }
+      });
     });
-    return {sums.first(), sums.second()};
+    finish(t_.per_channel ? channel : 0);
   }
 
-  void map(int64_t channel, int64_t index, const Sums& total, const A* cache) const {
-    ChannelMap<A> map = channel_map(channel);
-    if (!p_.config.frozen) {
-      const int64_t o = channel / v_.kept;
-      const double n = static_cast<double>(v_.rows_of(o)) * static_cast<double>(t_.length);
-      const double r = inverse_std(p_.var[channel], p_.config.eps), scale = map.scale;
-      map.c = static_cast<A>(-r * r * scale * total.gd / n);
-      if (p_.config.statistic == Statistic::MeanVar) map.e = static_cast<A>(-scale * total.g / n);
-    }
-    const auto to_input = [&](int64_t offset, int64_t n, auto&& gradient_at) {
+  void map(int64_t statistic, int64_t index, const PlaneMaps<A>& maps, const A* cache) const {
+    const auto to_input = [&](const ChannelMap<A>& map, int64_t offset, int64_t n,
+                              auto&& gradient_at) {
       const T* x = p_.x + offset;
       T* dx = p_.dx + offset;
       for_each_wide<A>(n, [&](auto tag, int64_t i) {
@@ -344,31 +382,35 @@ class PlaneBackward {
         store(tag, dx + i, fmadd(V(map.scale), g, fmadd(V(map.c), d, V(map.e))));
       });
     };
-    const auto from = [&](int64_t offset, int64_t n, const auto* g) {
-      if (p_.dx == nullptr) return;
-      to_input(offset, n, [=](auto tag, auto, int64_t i) { return load(tag, g + i); });
+    const auto from = [&](const ChannelMap<A>& map, int64_t offset, int64_t n, const auto* g) {
+      to_input(map, offset, n, [=](auto tag, auto, int64_t i) { return load(tag, g + i); });
     };
     const T* stored = !epilogue_ ? p_.dy : stored_;
     T* dresidual = sums_ ? nullptr : p_.dresidual;
-    alignas(64) A pre[kPiece], grad[kPiece];
-    chunk(channel, index).for_each_piece([&](const Stretches& at, int64_t first) {
-      prefetch_channel(p_.x, at, v_);
-      prefetch_channel(p_.dy, at, v_);
-      if (stored != nullptr) {
-        at.for_each([&](int64_t i, int64_t) { from(i, at.length, stored + i); });
-      } else if (cache != nullptr) {
-        at.for_each([&](int64_t i, int64_t j) { from(i, at.length, cache + first + j); });
-      } else if (relu_ && p_.dx != nullptr) {
-        at.for_each([&](int64_t i, int64_t) {
-          with_relu_gradient(map, i, dresidual,
-                             [&](auto gradient_at) { to_input(i, at.length, gradient_at); });
+    const bool fused_relu = relu_ && p_.dx != nullptr;
+    alignas(64) A grad[kPiece];
+    PlaneChunk(v_, t_, statistic, index)
+        .for_each_piece([&](const Stretches& at, int64_t plane, int64_t first) {
+          prefetch_statistic(p_.x, at, v_, t_);
+          prefetch_statistic(p_.dy, at, v_, t_);
+          const A* g = cache != nullptr ? cache + first : grad;
+          if (stored == nullptr && cache == nullptr && !fused_relu) {
+            gradient(maps, at, plane, grad, dresidual);
+          }
+          if (p_.dx == nullptr) return;
+          at.for_each([&](int64_t i, int64_t j) {
+            const ChannelMap<A> map = maps[plane++];
+            if (stored != nullptr) {
+              from(map, i, at.length, stored + i);
+            } else if (fused_relu && cache == nullptr) {
+              with_relu_gradient(map, i, dresidual, [&](auto gradient_at) {
+                to_input(map, i, at.length, gradient_at);
+              });
+            } else {
+              from(map, i, at.length, g + j);
+            }
+          });
         });
-      } else {
-        gradient(map, at, pre, grad, dresidual);
-        at.for_each(
-            [&](int64_t i, int64_t j) { from(i, at.length, static_cast<const A*>(grad) + j); });
-      }
-    });
   }
 
   const NormBackward<T>& p_;
@@ -376,8 +418,9 @@ class PlaneBackward {
   const PlaneTiling t_;
   const bool epilogue_, relu_;
   bool parameters_, sums_, map_needed_;
-  T* fused_dx_;          // dx, where frozen statistics let the sums' pass write it
-  T* stored_ = nullptr;  // where the sums' pass leaves the gradient for the map
+  T* fused_dx_;                      // dx, where frozen statistics let the sums' pass write it
+  T* stored_ = nullptr;              // where the sums' pass leaves the gradient for the map
+  std::unique_ptr<Sums[]> partial_;  // [statistic][channel][piece]
 };
 
 }  // namespace

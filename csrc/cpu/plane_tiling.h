@@ -8,69 +8,107 @@ namespace fastnorm::cpu {
 
 constexpr int64_t kPlaneChunk = 32 * 1024;  // elements
 constexpr int64_t kPiece = kChunk;          // elements
-constexpr int64_t kFlush = kPiece;          // elements summed in the accumulation type
 
 struct PlaneTiling {
-  int64_t length, planes, parts, part, chunks;  // a chunk: `planes` planes, or a part of one
+  int64_t statistics, length, planes, stride;  // a statistic: `planes` planes, `stride` apart
+  bool per_channel;                            // its planes are channels, not rows
+  int64_t group, parts, part, chunks;          // a chunk: `group` planes, or a part of one
   bool resident, in_order;
 
-  explicit PlaneTiling(const View& v, bool frozen) : length(v.inner) {
+  explicit PlaneTiling(const View& v, bool frozen)
+      : statistics(v.statistics()),
+        length(v.inner),
+        planes(v.reduce_outer * v.channels_per_kept()),
+        stride(v.reduce_outer == 1 ? length : v.row_size()),
+        per_channel(v.channels_per_kept() > 1) {
     parts = ceil_div(length, kPlaneChunk);
     part = parts > 1 ? round_up(ceil_div(length, parts), kPiece) : length;
     // Frozen statistics need one visit, which goes through memory in order.
     in_order = frozen && length >= kPiece / 2;
-    planes = parts > 1 || in_order ? 1 : std::max<int64_t>(1, kPlaneChunk / length);
-    chunks = ceil_div(v.reduce_outer, planes) * parts;
-    resident = v.reduce_outer * length <= kResident && !in_order;
+    group = parts > 1 || in_order ? 1 : std::max<int64_t>(1, kPlaneChunk / length);
+    chunks = ceil_div(planes, group) * parts;
+    resident = planes * length <= kResident && !in_order;
   }
 
-  // f(channel, chunk) for all of them, in parallel. The second visit is `reversed`.
+  // Channels of a statistic, and the partial sums of each.
+  int64_t channels() const { return per_channel ? planes : 1; }
+  int64_t pieces() const { return per_channel ? parts : chunks; }
+
+  int64_t statistic_bytes(int64_t element_bytes) const { return planes * length * element_bytes; }
+
+  // f(first, end) for statistics that are visited twice before the next ones are: as many as the
+  // last level cache keeps from the first visit to the second.
   template <typename F>
-  void for_each_chunk(const View& v, int64_t element_bytes, bool reversed, F&& f) const {
-    const int64_t tasks = v.outer * v.kept * chunks;
-    const int64_t bytes = std::min(planes, v.reduce_outer) * part * element_bytes;
-    if (in_order) {
-      parallel_tasks(tasks, bytes, [&](int64_t task) {
-        const int64_t row = task / v.kept;
-        f(row / chunks * v.kept + task % v.kept, row % chunks);
-      });
-    } else if (reversed) {
-      parallel_tasks_reversed(tasks, bytes, [&](int64_t i) { f(i / chunks, i % chunks); });
-    } else {
-      parallel_tasks(tasks, bytes, [&](int64_t i) { f(i / chunks, i % chunks); });
-    }
+  void for_each_wave(int64_t element_bytes, F&& f) const {
+    constexpr int64_t kWaveBytes = 8 * 1024 * 1024;
+    const int64_t wave = std::max<int64_t>(1, kWaveBytes / statistic_bytes(element_bytes));
+    for (int64_t k = 0; k < statistics; k += wave) f(k, std::min(k + wave, statistics));
+  }
+
+  // f(statistic, chunk) for those of statistics [begin, end), in parallel. The second visit is
+  // `reversed`.
+  template <typename F>
+  void for_each_chunk(int64_t begin, int64_t end, int64_t element_bytes, bool reversed,
+                      F&& f) const {
+    const int64_t tasks = (end - begin) * chunks;
+    const int64_t bytes = std::min(group, planes) * part * element_bytes;
+    const auto run = [&](int64_t i) { f(begin + i / chunks, i % chunks); };
+    reversed ? parallel_tasks_reversed(tasks, bytes, run) : parallel_tasks(tasks, bytes, run);
+  }
+
+  // The same for all statistics, in the order of memory.
+  template <typename F>
+  void for_each_chunk_in_order(const View& v, int64_t element_bytes, F&& f) const {
+    parallel_tasks(statistics * chunks, part * element_bytes, [&](int64_t task) {
+      const int64_t row = task / v.kept;
+      f(row / chunks * v.kept + task % v.kept, row % chunks);
+    });
   }
 };
 
-// Planes [first, last), elements [begin, end) of each; `offset` is that of plane 0 in the tensor.
+// Planes [first, last) of a statistic, elements [begin, end) of each; `offset` is that of plane 0
+// in the tensor.
 struct PlaneChunk {
   int64_t offset, stride, first, last, begin, end;
 
-  PlaneChunk(const View& v, const PlaneTiling& t, int64_t o, int64_t channel, int64_t chunk) {
-    stride = v.row_size();
-    offset = o * v.reduce_outer * stride + channel * t.length;
-    first = std::min(chunk / t.parts * t.planes, v.rows_of(o));
-    last = std::min(first + t.planes, v.rows_of(o));
+  PlaneChunk(const View& v, const PlaneTiling& t, int64_t statistic, int64_t chunk) {
+    const int64_t o = statistic / v.kept;
+    const int64_t planes = t.per_channel ? t.planes : v.rows_of(o);
+    stride = t.stride;
+    offset = o * v.reduce_outer * v.row_size() + statistic % v.kept * v.reduce_inner;
+    first = std::min(chunk / t.parts * t.group, planes);
+    last = std::min(first + t.group, planes);
     begin = std::min(chunk % t.parts * t.part, t.length);
     end = std::min(begin + t.part, t.length);
   }
   int64_t size() const { return (last - first) * (end - begin); }
 
-  // f(stretches, offset of the piece in the chunk)
+  // The same elements as one plane, if nothing lies between them.
+  PlaneChunk joined() const {
+    PlaneChunk c = *this;
+    if (stride != end - begin) return c;
+    c.offset += first * stride;
+    c.end = size();
+    c.first = 0;
+    c.last = c.end > 0;
+    return c;
+  }
+
+  // f(stretches, first plane, offset of the piece in the chunk)
   template <typename F>
   void for_each_piece(F&& f) const {
     const int64_t length = end - begin;
     if (length >= kPiece / 2) {
       for (int64_t n = first; n < last; ++n) {
         for (int64_t i = begin; i < end; i += kPiece) {
-          f(Stretches{offset + n * stride + i, std::min(kPiece, end - i)},
+          f(Stretches{offset + n * stride + i, std::min(kPiece, end - i)}, n,
             (n - first) * length + i - begin);
         }
       }
     } else if (length > 0) {
       const int64_t step = kPiece / length;
       for (int64_t n = first; n < last; n += step) {
-        f(Stretches{offset + n * stride + begin, length, std::min(step, last - n), stride},
+        f(Stretches{offset + n * stride + begin, length, std::min(step, last - n), stride}, n,
           (n - first) * length);
       }
     }
@@ -80,74 +118,32 @@ struct PlaneChunk {
 // Asks for the memory of the next planes while these are worked on: short planes are runs too far
 // apart for the hardware to foresee.
 template <typename T>
-inline void prefetch_next(const T* x, const Stretches& at, int64_t plane_stride) {
+inline void prefetch_next(const T* x, const Stretches& at) {
   constexpr int64_t kLine = 64 / sizeof(T), kShort = 128 * kLine;
-  if (at.length > kShort) return;
+  if (at.length > kShort || at.stride == at.length) return;
   at.for_each([&](int64_t i, int64_t) {
-    const T* next = x + i + at.count * plane_stride;
+    const T* next = x + i + at.count * at.stride;
     for (int64_t k = 0; k < at.length; k += kLine) __builtin_prefetch(next + k);
   });
 }
 
-// Asks for the next channel while this one is written, if both fit in L2: its planes follow
+// Asks for the next statistic while this one is written, if both fit in L2: its planes follow
 // directly, and without it the memory idles (16x256x28x28 in float32, forward + backward: 1.6 times
 // as fast as eager torch without, 1.9 with).
 template <typename T>
-inline void prefetch_channel(const T* x, const Stretches& at, const View& v) {
+inline void prefetch_statistic(const T* x, const Stretches& at, const View& v,
+                               const PlaneTiling& t) {
   constexpr int64_t kLine = 64 / sizeof(T), kBytes = 64 * 1024;
-  if (v.reduce_outer * v.inner * static_cast<int64_t>(sizeof(T)) > kBytes) return;
+  if (t.statistic_bytes(sizeof(T)) > kBytes) return;
   at.for_each([&](int64_t i, int64_t) {
-    for (int64_t k = 0; k < at.length; k += kLine) prefetch(x + i + v.inner + k);
+    for (int64_t k = 0; k < at.length; k += kLine) prefetch(x + i + v.reduce_inner + k);
   });
 }
 
-// Two sums over elements, in double from every kFlush of them on. body(tag, i, a, b) adds to both.
-template <typename A>
-class PairSum {
- public:
-  template <typename F>
-  void add(int64_t n, F&& body) {
-    constexpr int64_t kStep = 2 * Wide<A>::kSize;
-    int64_t i = 0;
-    for (; i + kStep <= n; i += kStep) {
-      body(WideTag{}, i, first_[0], second_[0]);
-      body(WideTag{}, i + Wide<A>::kSize, first_[1], second_[1]);
-    }
-    for (; i + Wide<A>::kSize <= n; i += Wide<A>::kSize) {
-      body(WideTag{}, i, first_[0], second_[0]);
-    }
-    for (; i < n; ++i) body(OneTag{}, i, first_one_, second_one_);
-    if ((elements_ += n) >= kFlush) flush();
-  }
-  double first() { return flush(), first_total_; }
-  double second() { return flush(), second_total_; }
-
- private:
-  void flush() {
-    elements_ = 0;
-    first_total_ += (first_[0] + first_[1]).sum() + first_one_;
-    second_total_ += (second_[0] + second_[1]).sum() + second_one_;
-    for (int k = 0; k < 2; ++k) first_[k] = second_[k] = Wide<A>();
-    first_one_ = second_one_ = A(0);
-  }
-
-  Wide<A> first_[2], second_[2];
-  A first_one_ = 0, second_one_ = 0;
-  double first_total_ = 0, second_total_ = 0;
-  int64_t elements_ = 0;
-};
-
+// y = (x - mean) scale + bias of a channel, and dx = scale g + c (x - mean) + e.
 template <typename A>
 struct ChannelMap {
   A mean = 0, scale = 1, bias = 0, c = 0, e = 0;
-
-  ChannelMap(const NormConfig& config, int64_t statistic, int64_t channel, const A* mean_in,
-             const A* var_in, const A* weight, const A* bias_in) {
-    if (mean_in != nullptr) mean = mean_in[statistic];
-    const double r = inverse_std(var_in[statistic], config.eps);
-    scale = static_cast<A>(weight != nullptr ? r * weight[channel] : r);
-    if (bias_in != nullptr) bias = bias_in[channel];
-  }
 
   // out = finish(tag, i, (x - mean) scale + bias)
   template <typename T, typename O, typename F>
@@ -158,16 +154,45 @@ struct ChannelMap {
       store(tag, out + i, finish(tag, i, norm(V(v - V(mean)))));
     });
   }
-  template <typename T>
-  void normalize(const T* x, const Stretches& at, A* out) const {
-    at.for_each([&](int64_t i, int64_t j) {
-      normalize(x + i, out + j, at.length, [](auto, int64_t, auto v) { return v; });
-    });
-  }
   template <typename V>
   V norm(V d) const {
     return fmadd(d, V(scale), V(bias));
   }
+};
+
+// The maps of the planes of one statistic.
+template <typename A>
+class PlaneMaps {
+ public:
+  PlaneMaps(const NormConfig& config, bool per_channel, int64_t statistic, const A* mean,
+            const A* var, const A* weight, const A* bias)
+      : r_(inverse_std(var[statistic], config.eps)),
+        mean_(mean != nullptr ? mean[statistic] : A(0)),
+        step_(per_channel),
+        weight_(weight),
+        bias_(bias) {
+    const int64_t first = statistic % config.view.kept * config.view.channels_per_kept();
+    if (weight != nullptr) weight_ += first;
+    if (bias != nullptr) bias_ += first;
+  }
+
+  double rstd() const { return r_; }
+  double weight(int64_t plane) const { return weight_ != nullptr ? weight_[plane * step_] : 1.0; }
+  void set_gradient(double c, double e) {
+    c_ = static_cast<A>(c);
+    e_ = static_cast<A>(e);
+  }
+  ChannelMap<A> operator[](int64_t plane) const {
+    const A bias = bias_ != nullptr ? bias_[plane * step_] : A(0);
+    return {mean_, static_cast<A>(r_ * weight(plane)), bias, c_, e_};
+  }
+
+ private:
+  const double r_;
+  const A mean_;
+  const int64_t step_;
+  const A *weight_, *bias_;
+  A c_ = 0, e_ = 0;
 };
 
 }  // namespace fastnorm::cpu
