@@ -82,19 +82,6 @@ inline void activate_chunk_backward(Activation activation, const A* pre, A* grad
   if (activation != Activation::None) activate_chunk_backward(activation, pre, grad, grad, n);
 }
 
-// Calls f(first, count, channel) for the stretches of one channel that columns
-// [first, first + n) of a row of `inner`-long channels are made of.
-template <typename F>
-inline void for_each_channel(int64_t first, int64_t n, int64_t inner, F&& f) {
-  for (int64_t done = 0; done < n;) {
-    const int64_t column = first + done;
-    const int64_t channel = column / inner;
-    const int64_t count = std::min(n - done, (channel + 1) * inner - column);
-    f(done, count, channel);
-    done += count;
-  }
-}
-
 // Whether a chunk needs more than the affine map of the norm.
 inline bool has_epilogue(const NormConfig& c, const void* residual) {
   return c.activation != Activation::None || residual != nullptr || c.dropout.seed != nullptr;

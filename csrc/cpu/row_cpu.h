@@ -108,7 +108,6 @@ RowStats<T> row_stats(const NormForward<T>& p, int64_t at, T* x, acc_t<T>* scrat
 template <typename T>
 struct Row {
   using A = acc_t<T>;
-  const View& view;
   int64_t first_channel;  // of the row; parameters are indexed from here
   A mean, rstd;
   const A* weight;
@@ -123,29 +122,18 @@ struct Row {
 
   // out = xhat * weight + bias, in one rounding; the backward pass repeats it bit for bit.
   void affine(const A* xhat, int64_t first, int64_t n, A* out) const {
-    if (view.inner == 1) {
-      const A* w = weight ? weight + first_channel + first : nullptr;
-      const A* b = bias ? bias + first_channel + first : nullptr;
-      for_each_wide<A>(n, [&](auto tag, int64_t i) {
-        auto v = load(tag, xhat + i);
-        if (w && b) {
-          v = fmadd(v, load(tag, w + i), load(tag, b + i));
-        } else if (w) {
-          v = v * load(tag, w + i);
-        } else if (b) {
-          v = v + load(tag, b + i);
-        }
-        store(tag, out + i, v);
-      });
-      return;
-    }
-    for_each_channel(first, n, view.inner, [&](int64_t at, int64_t count, int64_t channel) {
-      const A w = weight ? weight[first_channel + channel] : A(1);
-      const A b = bias ? bias[first_channel + channel] : A(0);
-      for_each_wide<A>(count, [&](auto tag, int64_t i) {
-        const auto v = load(tag, xhat + at + i);
-        store(tag, out + at + i, fmadd(v, decltype(v)(w), decltype(v)(b)));
-      });
+    const A* w = weight ? weight + first_channel + first : nullptr;
+    const A* b = bias ? bias + first_channel + first : nullptr;
+    for_each_wide<A>(n, [&](auto tag, int64_t i) {
+      auto v = load(tag, xhat + i);
+      if (w && b) {
+        v = fmadd(v, load(tag, w + i), load(tag, b + i));
+      } else if (w) {
+        v = v * load(tag, w + i);
+      } else if (b) {
+        v = v + load(tag, b + i);
+      }
+      store(tag, out + i, v);
     });
   }
 };
@@ -159,8 +147,8 @@ template <typename T>
 inline Row<T> make_row(const NormConfig& c, int64_t row, acc_t<T> mean, acc_t<T> rstd,
                        const acc_t<T>* weight, const acc_t<T>* bias) {
   const View& v = c.view;
-  const int64_t first_channel = v.kept == 1 ? 0 : (row % v.kept) * v.channels_per_kept();
-  return {v, first_channel, mean, rstd, weight, bias};
+  const int64_t first_channel = v.kept == 1 ? 0 : (row % v.kept) * v.reduce_inner;
+  return {first_channel, mean, rstd, weight, bias};
 }
 
 // Per-channel sums of one block of rows; null when not asked for.
@@ -176,22 +164,6 @@ template <typename T>
 void add_sums(const Row<T>& row, const acc_t<T>* d, const acc_t<T>* xhat, int64_t first, int64_t n,
               acc_t<T>* g, ChannelSums<acc_t<T>> sums, BackwardSums<double>& total) {
   using A = acc_t<T>;
-  if (row.view.inner != 1) {
-    for_each_channel(first, n, row.view.inner, [&](int64_t at, int64_t count, int64_t channel) {
-      const A w = row.weight ? row.weight[row.first_channel + channel] : A(1);
-      const auto [sum, dot] = wide_sum_and_dot<A>(count, [&](auto tag, int64_t i, auto& v) {
-        v = load(tag, xhat + at + i);
-        const auto in = load(tag, d + at + i);
-        store(tag, g + at + i, in * w);
-        return in;
-      });
-      if (sums.dweight) sums.dweight[row.first_channel + channel] += dot;
-      if (sums.dbias) sums.dbias[row.first_channel + channel] += sum;
-      total.g += static_cast<double>(sum) * w;
-      total.gx += static_cast<double>(dot) * w;
-    });
-    return;
-  }
   const int64_t column = row.first_channel + first;
   A* dw = sums.dweight ? sums.dweight + column : nullptr;
   A* db = sums.dbias ? sums.dbias + column : nullptr;

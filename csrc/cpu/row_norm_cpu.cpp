@@ -1,5 +1,6 @@
-// Row geometry on the CPU: a statistic spans one contiguous row of n elements (layer and RMS norm
-// in any layout; group and instance norm in NCHW).
+// Row geometry on the CPU: a statistic spans one contiguous row of n elements, with a parameter for
+// every column (layer and RMS norm in any layout; group norm of planes too short for the plane
+// form, whose parameters are repeated).
 //
 //   forward    xhat = (x - mean) * rstd        rstd = 1 / sqrt(var + eps)
 //              pre  = xhat * weight + bias [+ residual]
@@ -32,11 +33,9 @@ constexpr int64_t kRowCost = 64;  // columns whose time a row takes that has non
 // Rows that are added one by one in float: 131,072 in a chain lost 5 times torch's precision.
 constexpr int64_t kSumRows = 64;
 
-// y = xhat * weight + bias of columns [first, first + n), with one parameter per column. `next` is
-// what the following row reads.
+// y = xhat * weight + bias of columns [first, first + n). `next` is what the following row reads.
 template <typename T, typename Out>
-void apply_plain(const Row<T>& row, const acc_t<T>* x, int64_t first, int64_t n, Out* y,
-                 const T* next) {
+void apply(const Row<T>& row, const acc_t<T>* x, int64_t first, int64_t n, Out* y, const T* next) {
   using A = acc_t<T>;
   const A *w = row.weight ? row.weight + row.first_channel + first : nullptr,
           *b = row.bias ? row.bias + row.first_channel + first : nullptr;
@@ -56,24 +55,6 @@ void apply_plain(const Row<T>& row, const acc_t<T>* x, int64_t first, int64_t n,
   } else {
     run([](auto, int64_t, auto v) { return v; });
   }
-}
-
-// The same with one parameter per `inner` columns.
-template <typename T, typename Out>
-void apply_channels(const Row<T>& row, const acc_t<T>* x, int64_t first, int64_t n, Out* y,
-                    const T* next) {
-  using A = acc_t<T>;
-  const A mean = row.mean, rstd = row.rstd;
-  for_each_channel(first, n, row.view.inner, [&](int64_t at, int64_t count, int64_t channel) {
-    const A w = row.weight ? row.weight[row.first_channel + channel] : A(1);
-    const A b = row.bias ? row.bias[row.first_channel + channel] : A(0);
-    for_each_wide<A>(count, [&](auto tag, int64_t i) {
-      const auto v = load(tag, x + at + i);
-      using V = std::decay_t<decltype(v)>;
-      prefetch(next + at + i);
-      store(tag, y + at + i, fmadd((v - mean) * rstd, V(w), V(b)));
-    });
-  });
 }
 
 // sum = residual + dropout(x) of elements [at, at + n)
@@ -115,13 +96,9 @@ void forward_row(const NormForward<T>& p, int64_t index, acc_t<T>* scratch) {
     if (!keep || std::is_same_v<T, A>) values = widened(x + i, m, scratch);
     T* y = p.y + at + i;
     const T* next = p.x + at + n + i;
-    const auto apply = [&](auto* out) {
-      c.view.inner == 1 ? apply_plain(row, values, i, m, out, next)
-                        : apply_channels(row, values, i, m, out, next);
-    };
-    if (!epilogue) return apply(y);
+    if (!epilogue) return apply(row, values, i, m, y, next);
     A buffer[kChunk];
-    apply(buffer);
+    apply(row, values, i, m, buffer, next);
     if (p.residual) add_chunk(p.residual + at + i, buffer, m);
     if (!c.dropout.seed && c.activation != Activation::None) {
       return activate_chunk(c.activation, buffer, y, m);
@@ -188,10 +165,9 @@ void for_each_dx(const Row<T>& row, RowMeans<acc_t<T>> mean, int64_t n, const T*
   }
 }
 
-// Both passes with one parameter per column and nothing after the norm; before it perhaps dropout
-// and a residual, whose gradient is that of the sum. Which parameters there are is known to the
-// compiler: as branches in the loop they doubled its time. `scratch` keeps xhat and g of a 16-bit
-// row.
+// Both passes with nothing after the norm; before it perhaps dropout and a residual, whose gradient
+// is that of the sum. Which parameters there are is known to the compiler: as branches in the loop
+// they doubled its time. `scratch` keeps xhat and g of a 16-bit row.
 template <bool kWeight, bool kDweight, bool kDbias, typename T>
 void backward_row_plain(const NormBackward<T>& p, const Row<T>& row, int64_t at,
                         ChannelSums<acc_t<T>> sums, std::vector<acc_t<T>>& scratch) {
@@ -272,46 +248,6 @@ void backward_row_plain(const NormBackward<T>& p, const Row<T>& row, int64_t at,
   });
 }
 
-// Both passes with nothing around the norm and one parameter per `inner` columns: a channel's sums
-// are dbias and dweight, and times its weight a part of the row's.
-template <typename T>
-void backward_row_channels(const NormBackward<T>& p, const Row<T>& row, int64_t at,
-                           ChannelSums<acc_t<T>> sums) {
-  using A = acc_t<T>;
-  const int64_t n = row.view.reduce_inner, inner = row.view.inner;
-  const T *x = p.x + at, *dy = p.dy + at;
-  const A mean = row.mean, rstd = row.rstd;
-  const auto weight = [&](int64_t channel) {
-    return row.weight ? row.weight[row.first_channel + channel] : A(1);
-  };
-  BackwardSums<double> total;
-  for_each_stretch(n, kStretch, [&](int64_t first, int64_t m) {
-    for_each_channel(first, m, inner, [&](int64_t j, int64_t count, int64_t channel) {
-      const int64_t start = first + j;
-      const auto [d, dx] = wide_sum_and_dot<A>(count, [&](auto tag, int64_t i, auto& xhat) {
-        xhat = (load(tag, x + start + i) - mean) * rstd;
-        return load(tag, dy + start + i);
-      });
-      if (sums.dweight) sums.dweight[row.first_channel + channel] += dx;
-      if (sums.dbias) sums.dbias[row.first_channel + channel] += d;
-      total.g += static_cast<double>(d) * weight(channel);
-      total.gx += static_cast<double>(dx) * weight(channel);
-    });
-  });
-  if (!p.dx) return;
-  const RowMeans<A> means(p.config, total);
-  for_each_channel(0, n, inner, [&](int64_t start, int64_t count, int64_t channel) {
-    const A w = weight(channel);
-    T* dx = p.dx + at + start;
-    const auto values = [&](auto tag, int64_t i, auto& xhat) {
-      xhat = (load(tag, x + start + i) - mean) * rstd;
-      return load(tag, dy + start + i) * w;
-    };
-    for_each_dx(row, means, count, static_cast<const T*>(nullptr), x + n + start, values,
-                [&](auto tag, int64_t i, auto v) { store(tag, dx + i, v); });
-  });
-}
-
 // The plain form, where it exists for the gradients that are asked for.
 template <typename T>
 bool backward_row_if_plain(const NormBackward<T>& p, const Row<T>& row, int64_t at,
@@ -321,10 +257,7 @@ bool backward_row_if_plain(const NormBackward<T>& p, const Row<T>& row, int64_t 
   if (c.prologue ? p.dx && !c.dropout.seed : has_epilogue(c, p.residual) || p.dresidual) {
     return false;
   }
-  if (row.view.inner != 1) {
-    if (c.prologue) return false;
-    backward_row_channels(p, row, at, sums);
-  } else if (row.weight && sums.dweight && sums.dbias) {
+  if (row.weight && sums.dweight && sums.dbias) {
     backward_row_plain<true, true, true>(p, row, at, sums, scratch);
   } else if (row.weight && sums.dweight) {
     backward_row_plain<true, true, false>(p, row, at, sums, scratch);
@@ -417,12 +350,58 @@ int64_t rows_per_task(int64_t n) {
   return std::max<int64_t>(1, kTaskBytes / ((n + kRowCost) * static_cast<int64_t>(sizeof(T))));
 }
 
+// One value per column, from those of channels of `inner` columns.
+template <typename A>
+std::unique_ptr<A[]> per_column(const A* channel, const View& view) {
+  if (!channel) return nullptr;
+  const int64_t columns = view.kept * view.reduce_inner;
+  std::unique_ptr<A[]> out(new A[columns]);
+  for (int64_t i = 0; i < columns; ++i) out[i] = channel[i / view.inner];
+  return out;
+}
+
+template <typename A>
+void sum_columns(const A* column, const View& view, A* channel) {
+  for (int64_t c = 0; channel && c < view.channels(); ++c) {
+    channel[c] = A(0);
+    for (int64_t i = 0; i < view.inner; ++i) channel[c] += column[c * view.inner + i];
+  }
+}
+
+// Channels of a few columns each: as many channels of one.
+template <typename T>
+void backward_of_columns(const NormBackward<T>& p) {
+  using A = acc_t<T>;
+  const View& view = p.config.view;
+  const int64_t columns = view.kept * view.reduce_inner;
+  const auto weight = per_column(p.weight, view), bias = per_column(p.bias, view);
+  std::unique_ptr<A[]> dweight(p.dweight ? new A[columns] : nullptr),
+      dbias(p.dbias ? new A[columns] : nullptr);
+  NormBackward<T> of_columns = p;
+  of_columns.config.view.inner = 1;
+  of_columns.weight = weight.get();
+  of_columns.bias = bias.get();
+  of_columns.dweight = dweight.get();
+  of_columns.dbias = dbias.get();
+  row_norm_bwd(of_columns);
+  sum_columns(dweight.get(), view, p.dweight);
+  sum_columns(dbias.get(), view, p.dbias);
+}
+
 }  // namespace
 
 template <typename T>
 void row_norm_fwd(const NormForward<T>& p) {
   using A = acc_t<T>;
   const View& view = p.config.view;
+  if (view.inner > 1) {
+    const auto weight = per_column(p.weight, view), bias = per_column(p.bias, view);
+    NormForward<T> of_columns = p;
+    of_columns.config.view.inner = 1;
+    of_columns.weight = weight.get();
+    of_columns.bias = bias.get();
+    return row_norm_fwd(of_columns);
+  }
   const int64_t n = view.reduce_inner;
   if (view.numel() == 0) return;
   at::parallel_for(0, view.statistics(), rows_per_task<T>(n), [&](int64_t begin, int64_t end) {
@@ -436,6 +415,7 @@ template <typename T>
 void row_norm_bwd(const NormBackward<T>& p) {
   using A = acc_t<T>;
   const View& view = p.config.view;
+  if (view.inner > 1) return backward_of_columns(p);
   const int64_t rows = view.statistics(), channels = view.inner == 0 ? 0 : view.channels();
   if (view.numel() == 0) {
     if (p.dweight) std::fill_n(p.dweight, channels, A(0));
