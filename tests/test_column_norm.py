@@ -42,6 +42,12 @@ PLANES = {
     "batch, split planes": (1, 2, 3, 70001, 70001, 2),
     "ghost": (3, 4, 5, 49, 49, 2),
     "ghost, split": (2, 20, 2, 4001, 4001, 7),
+    "instance": (3, 1, 7, 313, 313, 1),
+    "instance, split": (2, 1, 2, 70001, 70001, 1),
+    "group 7x7": (3, 1, 4, 5 * 49, 49, 1),
+    "group 3": (3, 1, 4, 5 * 3, 3, 1),
+    "group, split by channels": (2, 1, 2, 23 * 3137, 3137, 1),
+    "group, split channels": (1, 1, 2, 3 * 40009, 40009, 1),
 }
 COLUMNS = {
     "batch 2x2": (1, 37, 65, 4, 4, 37),
@@ -406,6 +412,9 @@ def test_thread_count_does_not_matter(name, dtype):
 @pytest.mark.parametrize(
     "name",
     [
+        "instance",
+        "group 7x7",
+        "group, split by channels",
         "instance NHWC",
         "instance NHWC, large",
         "group NHWC, large",
