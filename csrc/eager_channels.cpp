@@ -6,7 +6,6 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include <cmath>
-#include <cstring>
 
 #include "autograd.h"
 #include "eager.h"
@@ -192,10 +191,17 @@ bool residual_fits(const at::Tensor& r, const at::Tensor& x) {
 // its backward.
 at::Tensor frozen_statistic(const at::Tensor& running, const at::Tensor& x, bool saved) {
   const auto dtype = accumulate_type(x.scalar_type());
-  if (running.is_cpu() && running.scalar_type() == dtype && running.is_contiguous()) {
-    if (!saved) return running;
-    at::Tensor copy = at::detail::empty_cpu(running.sizes(), running.options());
-    std::memcpy(copy.mutable_data_ptr(), running.const_data_ptr(), running.nbytes());
+  if (running.is_cpu() && running.is_contiguous()) {
+    if (running.scalar_type() == dtype && !saved) return running;
+    at::Tensor copy = at::detail::empty_cpu(running.sizes(), running.options().dtype(dtype));
+    // Tensor::to takes as long as the rest of the call on a small input.
+    visit_dtype(dtype, [&](auto wide) {
+      visit_dtype(running.scalar_type(), [&](auto narrow) {
+        const auto* in = running.const_data_ptr<decltype(narrow)>();
+        auto* out = copy.mutable_data_ptr<decltype(wide)>();
+        for (int64_t i = 0; i < running.numel(); ++i) out[i] = static_cast<decltype(wide)>(in[i]);
+      });
+    });
     return copy;
   }
   return dense(running.detach()).to(dtype, /*non_blocking=*/false, /*copy=*/saved);
