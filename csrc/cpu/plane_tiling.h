@@ -119,8 +119,8 @@ struct PlaneChunk {
 // apart for the hardware to foresee.
 template <typename T>
 inline void prefetch_next(const T* x, const Stretches& at) {
-  constexpr int64_t kLine = 64 / sizeof(T), kShort = 128 * kLine;
-  if (at.length > kShort || at.stride == at.length) return;
+  constexpr int64_t kLine = 64 / sizeof(T);
+  if (at.count == 1 || at.stride == at.length) return;
   at.for_each([&](int64_t i, int64_t) {
     const T* next = x + i + at.count * at.stride;
     for (int64_t k = 0; k < at.length; k += kLine) __builtin_prefetch(next + k);
