@@ -88,6 +88,15 @@ def rewind(*values: Any) -> Undo:
     return undo
 
 
+def rng_states() -> tuple[Any, ...]:
+    """Values that differ where Python's or torch's generators, on any device, were used between."""
+    states = [torch.get_rng_state()]
+    for device in (torch.cuda, torch.xpu):
+        if device.is_initialized():
+            states += device.get_rng_state_all()
+    return random.getstate(), *(state.tolist() for state in states)
+
+
 def rewind_rng() -> Undo:
     """A function that puts the generators of torch, its devices, Python and numpy back."""
     undos: list[Undo] = []

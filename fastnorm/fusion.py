@@ -12,7 +12,6 @@ import contextlib
 import copy
 import importlib
 import operator
-import random
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
 from fastnorm import convert
+from fastnorm._rewind import rewind_rng, rng_states
 from fastnorm.convert import FOLDED, Change, Fold, Report, class_name, places, table, unfold
 from fastnorm.dropout import Dropout, dropout
 from fastnorm.epilogue import ACTIVATIONS
@@ -195,14 +195,13 @@ def _traced(owner: nn.Module, call: _Call, training: bool | None) -> fx.Graph:
     shadow = shadow_class.__new__(shadow_class)
     held = {**vars(owner), "training": training}
     vars(shadow).update(held)
-    with torch.random.fork_rng(devices=[]):
-        before = random.getstate(), torch.get_rng_state()
-        try:
-            graph = tracer.trace(shadow)
-        finally:
-            after = random.getstate(), torch.get_rng_state()
-            random.setstate(before[0])
-    if after[0] != before[0] or not torch.equal(after[1], before[1]):
+    before, undo = rng_states(), rewind_rng()
+    try:
+        graph = tracer.trace(shadow)
+    finally:
+        after = rng_states()
+        undo()
+    if after != before:
         raise _NotFusable("the forward that calls it draws random numbers of its own")
     if vars(shadow).keys() != held.keys() or any(vars(shadow)[k] is not held[k] for k in held):
         raise _NotFusable("the forward that calls it writes to its module")
