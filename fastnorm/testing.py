@@ -34,6 +34,28 @@ def random_tensor(
     return (torch.randn(*shape, dtype=torch.float64) * std + mean).to(dtype)
 
 
+def seeded(seed: int) -> torch.Generator:
+    """A generator of the default device.
+
+    Example:
+        >>> torch.rand(3, generator=seeded(1)).shape
+        torch.Size([3])
+    """
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+def rng_state() -> Tensor:
+    """The state of the default device's own generator.
+
+    Example:
+        >>> state = rng_state()
+        >>> bool(torch.rand(3).any()), torch.equal(state, rng_state())
+        (True, False)
+    """
+    on_cuda = torch.get_default_device().type == "cuda"
+    return torch.cuda.get_rng_state() if on_cuda else torch.get_rng_state()
+
+
 def _strided(x: Tensor, step: int, offset: int) -> Tensor:
     """The values of `x` every `step` elements along the last dimension, from `offset` on."""
     base = x.new_full((*x.shape[:-1], x.shape[-1] * step + offset), float("nan"))

@@ -17,13 +17,28 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="no CUDA device is visible")
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="where tests put their tensors"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "cuda":
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--device cuda: torch sees no CUDA device")
+        # Now, not in a fixture: tensors in the arguments of parametrize are there as well.
+        torch.set_default_device("cuda")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    on_cuda = config.getoption("--device") == "cuda"
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        if not on_cuda and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs --device cuda"))
+        of_cpu = item.get_closest_marker("cpu")
+        if on_cuda and of_cpu:
+            item.add_marker(pytest.mark.skip(reason=f"of the CPU: {of_cpu.args[0]}"))
 
 
 @pytest.fixture(autouse=True)
@@ -65,10 +80,10 @@ def cuda_torch(fresh, monkeypatch):
     return fresh
 
 
-@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+@pytest.fixture
 def device(request: pytest.FixtureRequest) -> str:
-    """Every test that takes it runs on each device there is."""
-    return request.param
+    """Where tensors are made by default: ``--device``."""
+    return request.config.getoption("--device")
 
 
 @pytest.fixture

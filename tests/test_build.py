@@ -27,6 +27,7 @@ from fastnorm._build import KernelUnavailable
 from fastnorm.status import status
 
 pytestmark = [
+    pytest.mark.cpu("compilers and caches"),
     pytest.mark.skipif(sys.platform == "win32", reason="nothing is compiled on Windows"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
 ]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import fastnorm
 from fastnorm import _build
+from fastnorm.testing import seeded
 
 EPS = 1e-5
 MEAN_VAR, MEAN_SQUARE = 0, 1
@@ -129,7 +130,7 @@ def keep_mask(n: int, seed: int, p: float) -> Tensor:
         key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
     words = np.stack(c, 1)
     bits = np.stack([words & np.uint64(0xFFFF), words >> np.uint64(16)], 2).reshape(-1)[:n]
-    return torch.from_numpy(bits < round((1 - p) * 65536))
+    return torch.asarray(bits < round((1 - p) * 65536))
 
 
 def blocks(view):
@@ -197,7 +198,7 @@ class Case:
         std=1.0,
         seed=0,
     ):
-        g = torch.Generator().manual_seed(seed)
+        g = seeded(seed)
         acc = torch.float64 if dtype == torch.float64 else torch.float32
 
         def normal(n, dtype=acc):

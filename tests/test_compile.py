@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 import fastnorm
 from fastnorm import _build, _ops
 from fastnorm.penalties import l1_penalty, l2_penalty
-from fastnorm.testing import random_tensor
+from fastnorm.testing import random_tensor, seeded
 
 C = 6
 
@@ -255,7 +255,7 @@ def test_generator():
     """Dynamo cannot put a Generator into a graph: one error, or one graph break, says so."""
     _build.use_backend("auto")
     torch._dynamo.reset()
-    generator = torch.Generator()
+    generator = seeded(0)
 
     def run(x: Tensor) -> Tensor:
         y = fastnorm.layer_norm(x.sin(), (C,), W, dropout_p=0.5, generator=generator)
@@ -336,6 +336,7 @@ def test_opcheck():
         torch.library.opcheck(func, args)
 
 
+@pytest.mark.cpu("on CUDA the compiler gets the definition, which rounds elsewhere")
 @pytest.mark.parametrize(
     ("momentum", "compiler"), [(0.1, "aot_eager"), (None, "aot_eager"), (None, "inductor")]
 )

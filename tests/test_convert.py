@@ -12,7 +12,7 @@ from torch import nn
 
 import fastnorm
 from fastnorm import convert
-from fastnorm.testing import assert_within_budget, random_tensor
+from fastnorm.testing import assert_within_budget, random_tensor, rng_state
 
 ARGUMENTS = {
     nn.LayerNorm: (6,),
@@ -212,13 +212,13 @@ def test_module_to_and_half():
 
 
 @pytest.mark.parametrize("swap_on_meta", [True, False])
-def test_built_on_meta_then_filled(swap_on_meta):
+def test_built_on_meta_then_filled(swap_on_meta, device):
     source = randomize(Net()).eval()
     with torch.device("meta"):
         model = Net()
     if swap_on_meta:
         assert len(fastnorm.replace(model).swapped) == 4
-    model.to_empty(device="cpu").eval()
+    model.to_empty(device=device).eval()
     if not swap_on_meta:
         fastnorm.replace(model)
     model.load_state_dict(source.state_dict())
@@ -226,12 +226,12 @@ def test_built_on_meta_then_filled(swap_on_meta):
     assert all(map(torch.equal, model.state_dict().values(), source.state_dict().values()))
 
 
-def test_skip_init():
-    norm = nn.utils.skip_init(nn.LayerNorm, 6)
-    ours = nn.utils.skip_init(fastnorm.LayerNorm, 6)
+def test_skip_init(device):
+    norm = nn.utils.skip_init(nn.LayerNorm, 6, device=device)
+    ours = nn.utils.skip_init(fastnorm.LayerNorm, 6, device=device)
     assert ours.weight.shape == norm.weight.shape
     assert len(fastnorm.replace(norm).swapped) == 1
-    batch_norm = nn.utils.skip_init(fastnorm.BatchNorm2d, 6)
+    batch_norm = nn.utils.skip_init(fastnorm.BatchNorm2d, 6, device=device)
     batch_norm.reset_parameters()
     assert batch_norm(random_tensor(2, 6, 3, 3)).isfinite().all()
 
@@ -390,9 +390,9 @@ def test_library_norms_are_proven_and_swapped(cls, shape, kernels):
     before = dict(vars(module))
     exact, theirs = copy.deepcopy(module).double(), copy.deepcopy(module)
     x = random_tensor(*shape)
-    state = torch.get_rng_state()
+    state = rng_state()
     report = fastnorm.replace(module)
-    assert torch.equal(torch.get_rng_state(), state) and module.weight.grad is None
+    assert torch.equal(rng_state(), state) and module.weight.grad is None
     assert isinstance(module, (fastnorm.RMSNorm, fastnorm.LayerNorm)) and len(report.swapped) == 1
     if cls is LayerNormFp32:
         formula = nn.functional.layer_norm(x.double(), (16,), exact.weight, exact.bias, 1e-5)

@@ -13,6 +13,8 @@ import torch
 
 from fastnorm import _build, _toolchain
 
+pytestmark = pytest.mark.cpu("builds without a GPU")
+
 OPERATORS = ("norm_fwd", "norm_bwd", "add_norm_fwd", "add_norm_bwd", "dropout_fwd", "dropout_bwd")
 OPERATORS += ("dropout_", "cross_entropy", "scale_gradient_")
 

@@ -22,6 +22,8 @@ import fastnorm
 from fastnorm.epilogue import ACTIVATIONS
 from fastnorm.testing import assert_within_budget, gradient_like, random_tensor
 
+pytestmark = pytest.mark.cpu("gloo")
+
 
 def work(rank: int, world: int, path: str, inbox: Any, outbox: Any) -> None:
     torch.set_num_threads(1)

@@ -16,6 +16,8 @@ from torch import nn
 
 import fastnorm
 
+pytestmark = pytest.mark.cpu("pages that choose their devices")
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 PART = re.compile(r"^<!-- (setup|not run)(.*?)-->$|^```python\n(.*?)^```$", re.M | re.S)

@@ -12,6 +12,8 @@ from torch import nn
 
 import fastnorm
 
+pytestmark = pytest.mark.cpu("examples that print")
+
 MODULES = sorted(m.name for m in pkgutil.iter_modules(fastnorm.__path__) if m.name != "__main__")
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import fastnorm
 from fastnorm import convert, fusion
-from fastnorm.testing import assert_within_budget, random_tensor
+from fastnorm.testing import assert_within_budget, random_tensor, rng_state
 
 
 def randomize(model):
@@ -120,13 +120,13 @@ def run(model, x, seed=5):
 def test_a_training_step_is_as_near_to_float64_as_before(name, kernels):
     make, shape, expected = MODELS[name]
     model, x = randomize(make()), random_tensor(*shape)
-    state, original = torch.get_rng_state(), copy.deepcopy(model)
+    state, original = rng_state(), copy.deepcopy(model)
     kept = {k: id(v) for k, v in model.state_dict(keep_vars=True).items()}
     values = copy.deepcopy(model.state_dict())
     report = fastnorm.fuse(model, x)
     assert report.failure is None and len(report.fused) == expected, report
     # Nothing but forwards changed: not the random numbers, the statistics, the parameters, modes.
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(rng_state(), state)
     assert {k: id(v) for k, v in model.state_dict(keep_vars=True).items()} == kept
     assert list(model.state_dict()) == list(values)
     assert all(map(torch.equal, model.state_dict().values(), values.values()))
@@ -307,13 +307,13 @@ def test_reasons():
         (mode, "the forward that calls it does something else in training mode"),
     ):
         held = set(vars(model))
-        states = random.getstate(), torch.get_rng_state()
+        states = random.getstate(), rng_state()
         report = fastnorm.fuse(model, x)
         assert not report.fused and report.skipped[0].reason.startswith(reason), report
         assert set(vars(model)) - {"seen"} == held and not isinstance(
             vars(model).get("seen"), torch.fx.Proxy
         )
-        assert torch.equal(torch.get_rng_state(), states[1])
+        assert torch.equal(rng_state(), states[1])
 
 
 def test_a_child_that_writes_to_the_input():
@@ -391,12 +391,12 @@ def test_a_failed_proof_leaves_everything_as_it_was():
     model, x = Suspicious(), random_tensor(4, 6)
     fastnorm.replace(model.part[2])
     before = {n: (type(m), dict(vars(m))) for n, m in model.named_modules()}
-    state, values = torch.get_rng_state(), copy.deepcopy(model.state_dict())
+    state, values = rng_state(), copy.deepcopy(model.state_dict())
     report = fastnorm.fuse(model, x)
     assert not report.fused and "against float64" in report.failure
     assert str(report).startswith("nothing changed: the fused model could not be proven: ")
     assert {n: (type(m), dict(vars(m))) for n, m in model.named_modules()} == before
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(rng_state(), state)
     assert all(map(torch.equal, model.state_dict().values(), values.values()))
 
 
@@ -428,7 +428,7 @@ def test_calls_of_another_form_run_the_forward_itself():
     assert type(model.norm2) is fastnorm.AddLayerNorm
 
 
-def test_operands_that_only_broadcasting_or_promotion_brings_together():
+def test_operands_that_only_broadcasting_or_promotion_brings_together(device):
     model = nn.ModuleDict(
         {"post": PostNorm(6), "after": Around(lambda m, x: F.gelu(m.norm(x) + m.r))}
     )
@@ -442,7 +442,7 @@ def test_operands_that_only_broadcasting_or_promotion_brings_together():
     for residual in (x, x.bfloat16()):
         torch.testing.assert_close(model["post"](many, residual), plain["post"](many, residual))
     torch.testing.assert_close(model["after"](many), plain["after"](many))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         y = model["post"](many, many)
     torch.testing.assert_close(y.float(), plain["post"](many, many), rtol=0.03, atol=0.03)
 

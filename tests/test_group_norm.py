@@ -23,6 +23,7 @@ from torch import nn
 import fastnorm
 from fastnorm import _build
 from fastnorm.epilogue import ACTIVATIONS
+from fastnorm.testing import seeded
 
 SHAPES = [(3, 6), (2, 6, 7), (2, 6, 3, 5), (1, 6, 2, 3, 2)]
 
@@ -107,7 +108,7 @@ def test_dropout_is_the_same_on_both_paths_and_layouts():
     results = []
     for backend in ("kernel", "reference"):
         with fastnorm.use_backend(backend):
-            g = torch.Generator().manual_seed(3)
+            g = seeded(3)
             results.append(fastnorm.group_norm(x, 2, dropout_p=0.4, generator=g))
     assert torch.equal(results[0] == 0, results[1] == 0)
     torch.testing.assert_close(*results)

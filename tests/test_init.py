@@ -21,6 +21,7 @@ from fastnorm.init import (
     variance_scaling_,
     weight_norm_init_,
 )
+from fastnorm.testing import rng_state, seeded
 
 
 @pytest.fixture(autouse=True)
@@ -114,15 +115,13 @@ def test_F5_glorot_is_torchs_xavier() -> None:
         ("uniform", nn.init.xavier_uniform_),
     ):
         ours, theirs = torch.empty(30, 50), torch.empty(30, 50)
-        variance_scaling_(
-            ours, 1.0, "fan_avg", distribution, generator=torch.Generator().manual_seed(3)
-        )
-        torchs(theirs, generator=torch.Generator().manual_seed(3))
+        variance_scaling_(ours, 1.0, "fan_avg", distribution, generator=seeded(3))
+        torchs(theirs, generator=seeded(3))
         torch.testing.assert_close(ours, theirs)
     for mode in ("fan_in", "fan_out"):
         ours, theirs = torch.empty(30, 50, 3), torch.empty(30, 50, 3)
-        variance_scaling_(ours, 2.0, mode, generator=torch.Generator().manual_seed(3))
-        generator = torch.Generator().manual_seed(3)
+        variance_scaling_(ours, 2.0, mode, generator=seeded(3))
+        generator = seeded(3)
         nn.init.kaiming_normal_(theirs, mode=mode, nonlinearity="relu", generator=generator)
         torch.testing.assert_close(ours, theirs)
 
@@ -213,7 +212,7 @@ def test_T11_gain_equals_a_monte_carlo_estimate(name: str) -> None:
     function = torch.tanh if name == "tanh" else getattr(F, name.removesuffix("_tanh"))
     if name == "gelu_tanh":
         function = lambda z: F.gelu(z, approximate="tanh")  # noqa: E731
-    z = torch.randn(2_000_000, generator=torch.Generator().manual_seed(1))
+    z = torch.randn(2_000_000, generator=seeded(1))
     assert gain(name) == pytest.approx(function(z).square().mean().item() ** -0.5, rel=0.01)
     assert gain(function) == pytest.approx(gain(name))
 
@@ -284,8 +283,8 @@ def test_init_of_a_whole_model() -> None:
     for name in before:
         if name.startswith(("norm", "table", "frozen")) or "bias_k" in name or "bias_v" in name:
             assert torch.equal(before[name], after[name]), name
-    first = init_(nn.Linear(5, 5), generator=torch.Generator().manual_seed(1)).weight
-    second = init_(nn.Linear(5, 5), generator=torch.Generator().manual_seed(1)).weight
+    first = init_(nn.Linear(5, 5), generator=seeded(1)).weight
+    second = init_(nn.Linear(5, 5), generator=seeded(1)).weight
     assert torch.equal(first, second)
     kept = nn.Linear(5, 5)
     bias = kept.bias.detach().clone()
@@ -366,9 +365,9 @@ def test_T11_lsuv(orthogonal: bool) -> None:
     model, x = Branches(), torch.randn(64, 3, 12, 12)
     model.norm.eval()
     state = copy.deepcopy(model.state_dict())
-    rng = torch.get_rng_state()
+    rng = rng_state()
     report = lsuv_(model, x, orthogonal=orthogonal)
-    assert torch.equal(torch.get_rng_state(), rng)
+    assert torch.equal(rng_state(), rng)
     assert model.training and not model.norm.training and model.dropout.training
     after = model.state_dict()
     for name in ("running_mean", "running_var", "num_batches_tracked", "weight", "bias"):
@@ -451,9 +450,9 @@ def test_weight_norm_init_gives_every_unit_mean_0_and_variance_1() -> None:
         norm(nn.Linear(64, 5)),
     ).double()
     x = torch.randn(32, 3, 8, 8, dtype=torch.float64)
-    rng = torch.get_rng_state()
+    rng = rng_state()
     report = weight_norm_init_(model, x)
-    assert torch.equal(torch.get_rng_state(), rng)
+    assert torch.equal(rng_state(), rng)
     assert report.ok and [layer.name for layer in report] == ["0", "2", "5"]
     seen = outputs_of(model, x)
     for layer, dims in ((0, (0, 2, 3)), (2, (0, 2, 3)), (5, (0, 1))):

@@ -9,6 +9,7 @@ from torch import nn
 import fastnorm
 from fastnorm import _ops
 from fastnorm.losses import LabelSmoothingCrossEntropy, cross_entropy, smooth_labels
+from fastnorm.testing import seeded
 
 INF = math.inf
 
@@ -57,7 +58,7 @@ def by_hand(input, target, weight, smoothing, ignore, reduction, torch_mean=Fals
 
 
 def make(shape, kind, dtype=torch.float64, seed=0, ignore_index=None, classes=5):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     input = (3 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
     positions = shape[:1] + shape[2:] if len(shape) > 1 else ()
     if kind == "soft":
@@ -71,7 +72,7 @@ def make(shape, kind, dtype=torch.float64, seed=0, ignore_index=None, classes=5)
 
 
 def gradient(loss, input, seed=1):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     upstream = torch.randn(loss.shape, generator=generator, dtype=torch.float64).to(loss.dtype)
     return torch.autograd.grad(loss, input, upstream)[0]
 
@@ -146,7 +147,7 @@ def test_D1_smooth_labels():
         assert torch.allclose(got, torch.where(onehot == 1, 0.8 + 0.05, 0.05))
         assert torch.allclose(smooth_labels(onehot.float(), 4, 0.2, dim=dim), got)
     others = smooth_labels(torch.tensor([2]), 10, 0.1, others_only=True)
-    assert others[0, 2] == pytest.approx(0.9) and others[0, 0] == pytest.approx(0.1 / 9)
+    assert others[0].tolist() == pytest.approx([0.1 / 9] * 2 + [0.9] + [0.1 / 9] * 7)
     prior = torch.tensor([0.5, 0.25, 0.25])
     assert smooth_labels(torch.tensor(1), 3, 0.2, prior=prior).tolist() == pytest.approx(
         [0.1, 0.85, 0.05]
@@ -371,12 +372,14 @@ def test_meta():
     assert loss.shape == () and torch.autograd.grad(loss, x)[0].shape == (3, 5)
 
 
-def test_autocast_computes_in_float32():
+def test_autocast_computes_in_float32(device):
     input, target = make((6, 5), "ids", torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         loss = cross_entropy(input, target, label_smoothing=0.1)
-        expected = F.cross_entropy(input, target, label_smoothing=0.1)
-    assert loss.dtype == expected.dtype == torch.float32
+        theirs = F.cross_entropy(input, target, label_smoothing=0.1)
+    assert loss.dtype == theirs.dtype == torch.float32
+    # On CUDA torch's own log_softmax still rounds to 16 bits here.
+    expected = F.cross_entropy(input.float(), target, label_smoothing=0.1)
     torch.testing.assert_close(loss, expected)
 
 
@@ -461,7 +464,7 @@ def both(input, target, upstream=None, **options):
 @pytest.mark.parametrize("classes", [1, 2, 7, 16, 511, 512, 513, 1500])
 def test_kernel_at_every_ragged_size(dtype, classes):
     reductions = itertools.cycle(["mean", "sum", "none", "mean", "none"])
-    generator = torch.Generator().manual_seed(classes)
+    generator = seeded(classes)
     for smoothing, weighted, given_prior, masked in itertools.product(
         (0.0, 0.1, 1.0), (False, True), (False, True), (False, True)
     ):

@@ -161,13 +161,13 @@ def test_any_part_may_require_gradients(name, kernels):
 
 
 @modules
-def test_meta_then_filled(name, kernels):
+def test_meta_then_filled(name, kernels, device):
     module, x = build(name)
     with torch.device("meta"):
         empty = MODULES[name][0]()
     assert all(t.is_meta for t in (*empty.parameters(), *empty.buffers()))
     assert empty(x.to("meta")).shape == module(x).shape
-    empty.to_empty(device="cpu").load_state_dict(module.state_dict())
+    empty.to_empty(device=device).load_state_dict(module.state_dict())
     torch.manual_seed(3)
     expected = module.eval()(x)
     assert torch.equal(empty.eval()(x), expected)
@@ -175,7 +175,7 @@ def test_meta_then_filled(name, kernels):
 
 @modules
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_keeps_the_dtype_and_the_memory(name, dtype, kernels):
+def test_autocast_keeps_the_dtype_and_the_memory(name, dtype, kernels, device):
     def saved_bytes(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
         saved: dict[tuple[int, int], int] = {}
 
@@ -191,7 +191,7 @@ def test_autocast_keeps_the_dtype_and_the_memory(name, dtype, kernels):
 
     module, x = build(name)
     x = x.to(dtype).requires_grad_()
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(device, dtype):
         y, under_autocast = saved_bytes(copy.deepcopy(module), x)
     cast, cast_bytes = saved_bytes(copy.deepcopy(module).to(dtype), x)
     assert y.dtype == dtype and under_autocast <= cast_bytes
@@ -200,16 +200,16 @@ def test_autocast_keeps_the_dtype_and_the_memory(name, dtype, kernels):
     assert x.grad is not None and x.grad.dtype == dtype
 
 
-def test_a_gradient_scaler_skips_and_recovers(kernels):
+def test_a_gradient_scaler_skips_and_recovers(kernels, device):
     model = nn.Sequential(nn.Linear(8, 8), fastnorm.LayerNorm(8, activation="gelu"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**120)
     x = random_tensor(16, 8) * 1e3
     before = model[1].weight.detach().clone()
     for expected_step in (False, True):
         if expected_step:
             scaler.update(2.0)
-        with torch.autocast("cpu", torch.float16):
+        with torch.autocast(device, torch.float16):
             loss = model(x).float().square().sum() * 1e3
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -254,13 +254,13 @@ def test_a_converted_module_computes_in_its_dtype(name, cast, kernels):
 
 @modules
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_changes_nothing_in_the_definition(name, dtype):
+def test_autocast_changes_nothing_in_the_definition(name, dtype, device):
     """Which is what runs on CUDA without kernels, and compiled there."""
     fastnorm.use_backend("reference")
     module, x = build(name)
 
     def under_autocast(m: nn.Module, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             return m(x)
 
     x = x.to(dtype)
@@ -292,13 +292,13 @@ def test_no_operator_has_a_rule_for_autocast(kernels):
         (fastnorm.InstanceNorm3d, (8, 1e-5, 0.1, True, True)),
     ],
 )
-def test_skip_init(cls, args):
-    module = nn.utils.skip_init(cls, *args)
+def test_skip_init(cls, args, device):
+    module = nn.utils.skip_init(cls, *args, device=device)
     like = cls(*args)
     assert type(module) is cls
     for key, value in like.state_dict().items():
         skipped = module.state_dict()[key]
-        assert skipped.device.type == "cpu" and skipped.shape == value.shape
+        assert skipped.device.type == device and skipped.shape == value.shape
         assert skipped.dtype == value.dtype
     module.reset_parameters()
     for key, value in like.state_dict().items():

@@ -27,6 +27,8 @@ import cubin
 import filelock
 import pytest
 
+pytestmark = pytest.mark.cpu("compiles, and runs nothing")
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECORD = pathlib.Path(__file__).with_name("nvcc_registers.json")
 ARCHITECTURES = ("80", "90", "100")

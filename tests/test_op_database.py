@@ -111,10 +111,10 @@ def running_statistics(function: Callable, sample: Any, dtype: torch.dtype) -> l
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("info", infos(NORMS))
-def test_norms(info, dtype, kernels):
+def test_norms(info, dtype, kernels, device):
     ours, theirs = NORMS[info.name]
     assert dtype in info.dtypes
-    for sample in info.sample_inputs("cpu", dtype, requires_grad=True):
+    for sample in info.sample_inputs(device, dtype, requires_grad=True):
         tensors, bind = arguments(sample)
         # Torch's own float32 result stands in for what float64 is measured by.
         peer = torch.float32 if dtype == torch.float64 else dtype
@@ -156,11 +156,11 @@ def first_alike(kept: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("info", infos(DROPOUTS))
-def test_dropouts(info, dtype, kernels):
+def test_dropouts(info, dtype, kernels, device):
     """Each element takes torch's two values, and shares its choice with those that do in torch."""
     ours, theirs = DROPOUTS[info.name]
     tolerance = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}.get(dtype, 2.0**-15)
-    for sample in info.sample_inputs("cpu", dtype, requires_grad=True):
+    for sample in info.sample_inputs(device, dtype, requires_grad=True):
         (x,), bind = arguments(sample)
         x = x.masked_fill(x == 0, 1)
         call = inspect.signature(theirs).bind(x, **sample.kwargs)
@@ -180,11 +180,11 @@ def test_dropouts(info, dtype, kernels):
 
 @pytest.mark.filterwarnings("ignore:dropout2d:UserWarning")
 @pytest.mark.parametrize("info", infos(NORMS | DROPOUTS))
-def test_other_dtypes_fail(info):
+def test_other_dtypes_fail(info, device):
     """Integers and complex numbers, except where dropout has nothing to drop."""
     ours, _ = (NORMS | DROPOUTS)[info.name]
     for dtype in (torch.int64, torch.bool, torch.complex64):
-        sample = next(iter(info.sample_inputs("cpu", torch.float32)))
+        sample = next(iter(info.sample_inputs(device, torch.float32)))
         args, kwargs = tree_map_only(
             Tensor, partial(Tensor.to, dtype=dtype), ((sample.input, *sample.args), sample.kwargs)
         )
@@ -199,9 +199,9 @@ def test_other_dtypes_fail(info):
 @pytest.mark.parametrize(
     "info", [p for p in infos(NORMS | DROPOUTS) if p.values[0].error_inputs_func is not None]
 )
-def test_error_inputs(info):
+def test_error_inputs(info, device):
     ours, _ = (NORMS | DROPOUTS)[info.name]
-    for error in info.error_inputs("cpu"):
+    for error in info.error_inputs(device):
         sample = error.sample_input
         with pytest.raises(error.error_type):
             ours(sample.input, *sample.args, **sample.kwargs)
@@ -248,10 +248,10 @@ def module_results(
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("info", module_infos)
-def test_modules(info, training, kernels):
+def test_modules(info, training, kernels, device):
     for dtype in info.dtypes:
         for sample in info.module_inputs_func(
-            info, device="cpu", dtype=dtype, requires_grad=True, training=training
+            info, device=device, dtype=dtype, requires_grad=True, training=training
         ):
             make, call = sample.constructor_input, sample.forward_input
             ours, theirs = twins(info.module_cls, make.args, make.kwargs)
@@ -273,10 +273,10 @@ def test_modules(info, training, kernels):
 @pytest.mark.parametrize(
     "info", [p for p in module_infos if p.values[0].module_error_inputs_func is not None]
 )
-def test_module_error_inputs(info):
+def test_module_error_inputs(info, device):
     ours = getattr(fastnorm, info.module_cls.__name__)
     for error in info.module_error_inputs_func(
-        info, device="cpu", dtype=torch.float32, requires_grad=False, training=True
+        info, device=device, dtype=torch.float32, requires_grad=False, training=True
     ):
         make, call = (
             error.module_error_input.constructor_input,

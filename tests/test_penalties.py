@@ -29,6 +29,7 @@ from fastnorm.penalties import (
     l2_penalty,
     param_groups_weight_decay,
 )
+from fastnorm.testing import seeded
 
 RULES = [L1(0.3), L2(0.7), L2(0.7, half=True), L1L2(0.2, 0.4), L1L2(0.2, 0.4, half=True)]
 RULES += [GroupLasso(0.5), L1(0.3, toward="init"), L2(0.3, toward=0.5)]
@@ -411,7 +412,7 @@ def test_A14_attached_constraints_hold_after_every_step() -> None:
 
 
 def lasso_problem(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     x = torch.randn(200, 50, generator=generator, dtype=torch.float64)
     true = torch.zeros(50, dtype=torch.float64)
     true[:5] = torch.tensor([3.0, -2.0, 1.5, 4.0, -1.0], dtype=torch.float64)
@@ -436,18 +437,18 @@ def test_A15_only_proximal_steps_make_exact_zeros() -> None:
     assert (weight == 0).sum() == 45 and (weight[:5] != 0).all()
     for optimizer, lr in (("SGD", 0.05), ("Adam", 0.01)):
         assert (fit(L1(0.1), "grad", optimizer, lr) == 0).sum() == 0
-    x, y = (tensor.numpy() for tensor in lasso_problem())
+    x, y = (tensor.numpy(force=True) for tensor in lasso_problem())
     lasso = sklearn.Lasso(0.1, fit_intercept=False, tol=1e-10).fit(x, y)
-    assert_equal(weight, torch.from_numpy(lasso.coef_), 1e-6)
+    assert_equal(weight, torch.asarray(lasso.coef_), 1e-6)
 
 
 def test_T9_elastic_net_by_ratio_equals_scikit_learn() -> None:
     sklearn = pytest.importorskip("sklearn.linear_model")
-    x, y = (tensor.numpy() for tensor in lasso_problem())
+    x, y = (tensor.numpy(force=True) for tensor in lasso_problem())
     for ratio in (0.2, 0.5, 0.9):
         weight = fit(L1L2.from_ratio(0.2, ratio, half=True), "prox")
         net = sklearn.ElasticNet(0.2, l1_ratio=ratio, fit_intercept=False, tol=1e-10).fit(x, y)
-        assert_equal(weight, torch.from_numpy(net.coef_), 1e-6)
+        assert_equal(weight, torch.asarray(net.coef_), 1e-6)
     only_l1, only_l2 = L1L2.from_ratio(0.2, 1.0), L1L2.from_ratio(0.2, 0.0)
     assert (only_l1.l1, only_l1.l2, only_l2.l1, only_l2.l2) == (0.2, 0.0, 0.0, 0.2)
     assert L1L2.from_ratio(0.2).l1 == 0.1
@@ -892,11 +893,11 @@ def test_unscaled_gradients_are_not_scaled_again(fused: bool) -> None:
     torch.testing.assert_close(weights(models[1]), weights(models[0]))
 
 
-def test_under_autocast_the_sum_stays_in_float32() -> None:
+def test_under_autocast_the_sum_stays_in_float32(device) -> None:
     model = mlp(300, 300, dtype=torch.float32)
     reg = Regularizer(model, L1L2(0.1, 0.1))
     expected = reg()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         value = reg()
         value.backward()
         added = reg.add_grads_()
@@ -959,7 +960,7 @@ def test_two_ranks_agree_with_one_process(tmp_path) -> None:  # type: ignore[no-
     Regularizer(model, L1(0.1), rules={"2.weight": L2(0.3)}).attach(optimizer, "grad")
     train(model, data, optimizer, steps=3)
     for rank in (0, 1):
-        assert_equal([torch.from_numpy(a) for a in by_rank[rank]], weights(model))
+        assert_equal([torch.asarray(a) for a in by_rank[rank]], weights(model))
 
 
 def test_a_changed_strength_acts_at_once() -> None:

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from simt import driver
 
-pytestmark = pytest.mark.skipif(driver.compiler() is None, reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.cpu("emulated kernels"),
+    pytest.mark.skipif(driver.compiler() is None, reason="no C++ compiler"),
+]
 
 
 @pytest.fixture(scope="module", params=["plain", "ucontext"])

@@ -19,6 +19,7 @@ from fastnorm.losses import cross_entropy_reference  # noqa: E402
 from fastnorm.testing import assert_within_budget  # noqa: E402
 
 pytestmark = [
+    pytest.mark.cpu("emulated kernels"),
     pytest.mark.skipif(driver.compiler() is None, reason="no C++ compiler"),
     pytest.mark.usefixtures("kernels"),
 ]

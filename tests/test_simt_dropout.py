@@ -16,6 +16,7 @@ from fastnorm._dropout import ALPHA, MASK_ONLY, SCALED, coefficients  # noqa: E4
 from fastnorm.epilogue import ACTIVATIONS  # noqa: E402
 
 pytestmark = [
+    pytest.mark.cpu("emulated kernels"),
     pytest.mark.skipif(driver.compiler() is None, reason="no C++ compiler"),
     pytest.mark.usefixtures("kernels"),
 ]

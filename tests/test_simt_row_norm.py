@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch")
 from simt import driver, norms  # noqa: E402
 
 pytestmark = [
+    pytest.mark.cpu("emulated kernels"),
     pytest.mark.skipif(driver.compiler() is None, reason="no C++ compiler"),
     pytest.mark.usefixtures("kernels"),
 ]

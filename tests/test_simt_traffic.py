@@ -32,7 +32,10 @@ import test_simt_dropout as dropout  # noqa: E402
 import test_simt_row_norm as row  # noqa: E402
 from simt import driver, norms  # noqa: E402
 
-pytestmark = pytest.mark.skipif(driver.compiler() is None, reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.cpu("emulated kernels"),
+    pytest.mark.skipif(driver.compiler() is None, reason="no C++ compiler"),
+]
 
 RECORD = pathlib.Path(__file__).with_name("simt_traffic.json")
 REGISTERS = pathlib.Path(__file__).with_name("nvcc_registers.json")

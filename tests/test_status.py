@@ -11,6 +11,8 @@ from fastnorm import _build, _toolchain
 from fastnorm.__main__ import main
 from fastnorm.status import status
 
+pytestmark = pytest.mark.cpu("compilers and caches")
+
 
 def test_before_and_after_the_first_use(fresh):
     before = status()

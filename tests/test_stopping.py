@@ -15,6 +15,7 @@ import fastnorm
 from fastnorm.losses import cross_entropy
 from fastnorm.penalties import L2, Regularizer
 from fastnorm.stopping import EarlyStopping, lr_find, overfitting_gap
+from fastnorm.testing import rng_state, seeded
 
 NAN = math.nan
 
@@ -458,7 +459,7 @@ class Harness:
         self.model[2].requires_grad_(False)
         self.model.register_buffer("cache", torch.zeros(4), persistent=False)
         self.model.register_buffer("wide", torch.ones(1, 1).expand(3, 2))
-        self.model.generator = torch.Generator().manual_seed(1)
+        self.model.generator = seeded(1)
         self.model.calls = 0
         self.trunk[0].eval()
         groups = [
@@ -505,7 +506,7 @@ class Harness:
         state = copy.deepcopy(self.optimizer.state_dict())
         flat = torch.utils._pytree.tree_flatten((state, self.schedule.state_dict()))[0]
         tensors += [entry for entry in flat if isinstance(entry, torch.Tensor)]
-        tensors += [torch.get_rng_state(), self.model.generator.get_state()]
+        tensors += [rng_state(), self.model.generator.get_state()]
         others = [entry for entry in flat if not isinstance(entry, torch.Tensor)]
         others += [random.getstate(), np.random.get_state()[1].tolist(), self.model.calls]
         others += [module.training for module in self.model.modules()]
@@ -672,9 +673,9 @@ def test_lr_find_refuses_before_it_runs(options, error):
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
-def test_E8_N2_penalty_dropout_and_early_stop_resume_alike(tmp_path):
+def test_E8_N2_penalty_dropout_and_early_stop_resume_alike(tmp_path, device):
     """Interrupted at any epoch and continued in new objects, the run ends as if never so."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     x, noise = torch.randn(60, 6, generator=generator), torch.randn(60, generator=generator)
     target = (x[:, 0] + 0.8 * noise > 0).long()
 
@@ -711,7 +712,7 @@ def test_E8_N2_penalty_dropout_and_early_stop_resume_alike(tmp_path):
             "optimizer": first[1].state_dict(),
             "stopper": first[2].state_dict(),
             "regularizer": first[3].state_dict(),
-            "rng": torch.get_rng_state(),
+            "rng": rng_state(),
         }
         torch.save(state, tmp_path / "checkpoint.pt")
         second = build(seed=2)
@@ -720,7 +721,7 @@ def test_E8_N2_penalty_dropout_and_early_stop_resume_alike(tmp_path):
             second, ("model", "optimizer", "stopper", "regularizer"), strict=True
         ):
             part.load_state_dict(state[name])
-        torch.set_rng_state(state["rng"])
+        (torch.cuda if device == "cuda" else torch).set_rng_state(state["rng"])
         train(*second, 60)
         assert outcome(second[2]) == expected
         second[2].restore_best_(second[0])

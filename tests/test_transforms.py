@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from fastnorm.testing import seeded
 from fastnorm.transforms import StandardScaler
 
 
 def data(n=50, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     x = torch.randn(n, 4, generator=generator, dtype=torch.float64)
     return (x * torch.tensor([0.1, 1, 10, 3]) + torch.tensor([5.0, -2, 1e3, 0])).to(dtype)
 
