@@ -35,9 +35,8 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # (outer, reduce_outer, kept, reduce_inner, inner, tail)
 PLANES = {
     "batch 56x56": (1, 4, 5, 3136, 3136, 4),
-    "batch 7x7": (1, 37, 6, 49, 49, 37),
-    "batch 4x4": (1, 3, 65, 16, 16, 3),
-    "batch 17": (1, 9, 7, 17, 17, 9),
+    "batch 9x9": (1, 9, 6, 81, 81, 9),
+    "batch 4x4": (1, 2, 65, 16, 16, 2),
     "batch 313": (1, 3, 3, 313, 313, 3),
     "batch, split by planes": (1, 23, 2, 3137, 3137, 23),
     "batch, split planes": (1, 2, 3, 70001, 70001, 2),
@@ -53,6 +52,8 @@ PLANES = {
 COLUMNS = {
     "batch 2x2": (1, 37, 65, 4, 4, 37),
     "batch 3x5, 2": (1, 2, 7, 15, 15, 2),
+    "batch 7x7": (1, 37, 6, 49, 49, 37),
+    "batch 17": (1, 9, 7, 17, 17, 9),
     "batch NC": (1, 127, 33, 1, 1, 127),
     "batch NC, columns": (1, 200, 1031, 1, 1, 200),
     "batch NC, tall": (1, 50003, 3, 1, 1, 50003),
@@ -68,7 +69,7 @@ COLUMNS = {
     "group NHWC, one": (5, 35, 1, 65, 1, 35),
     "group NHWC, large": (8, 70, 2, 301, 1, 70),
     "group NHWC, split": (2, 701, 5, 41, 1, 701),
-    "group NHWC, wide": (1, 300, 2, 1031, 1, 300),
+    "group NHWC, wide": (1, 35, 2, 2501, 1, 35),
 }
 PIXELS = {
     "channels 96": (2, 96, 313, 1, 0, 96),

@@ -176,7 +176,14 @@ inline bool has_backward_epilogue(const NormBackward<T>& p) {
          p.dresidual != nullptr;
 }
 
-// Short runs are more than the hardware foresees: ask for what a row group ahead holds.
+// Whether rows that are `stride` apart lie in pages of their own. The hardware foresees one run per
+// page: rows within one are read singly, or asked for.
+template <typename T>
+constexpr bool is_page_apart(int64_t stride) {
+  return stride * static_cast<int64_t>(sizeof(T)) >= 4096;
+}
+
+// Asks for what a row group ahead holds.
 template <int R, typename T>
 inline void prefetch_rows(const T* x, int64_t stride) {
 #pragma GCC unroll 8
@@ -184,10 +191,10 @@ inline void prefetch_rows(const T* x, int64_t stride) {
 }
 
 // sum += d, square += d^2 over R rows of n columns, d = x - shift.
-template <int R, typename T, typename A>
+template <int R, bool kPrefetch, typename T, typename A>
 inline void add_moments(const T* x, int64_t stride, int64_t n, const A* shift, A* sum, A* square) {
   for_each_wide<A>(n, [&](auto tag, int64_t j) {
-    if constexpr (R > 1) prefetch_rows<R>(x + j, stride);
+    if constexpr (kPrefetch) prefetch_rows<R>(x + j, stride);
     const auto k = load(tag, shift + j);
     auto d = load(tag, x + j) - k;
     auto s = d, q = d * d;
@@ -227,9 +234,14 @@ inline void column_moments(const T* x, int64_t stride, int64_t rows, int64_t n, 
   }
   int64_t r = 0;
   for (; r + kRowGroup <= rows; r += kRowGroup) {
-    add_moments<kRowGroup>(x + r * stride, stride, n, shift, sum, square);
+    const T* group = x + r * stride;
+    if (is_page_apart<T>(stride)) {
+      add_moments<kRowGroup, false>(group, stride, n, shift, sum, square);
+    } else {
+      add_moments<kRowGroup, true>(group, stride, n, shift, sum, square);
+    }
   }
-  for (; r < rows; ++r) add_moments<1>(x + r * stride, stride, n, shift, sum, square);
+  for (; r < rows; ++r) add_moments<1, false>(x + r * stride, stride, n, shift, sum, square);
 }
 
 // The mean and the squared deviations of `count` elements behind each of n sums.
@@ -249,7 +261,6 @@ template <int R, typename T, typename A, typename F>
 inline void add_gradients(const T* x, int64_t stride, int64_t n, const A* mean, A* sum_g, A* sum_gd,
                           F&& grad) {
   for_each_wide<A>(n, [&](auto tag, int64_t j) {
-    if constexpr (R > 1) prefetch_rows<R>(x + j, stride);
     const auto m = load(tag, mean + j);
     auto d = load(tag, x + j) - m;
     auto g = grad(tag, d, 0, j);
@@ -266,16 +277,14 @@ inline void add_gradients(const T* x, int64_t stride, int64_t n, const A* mean, 
   });
 }
 
-// Rows of x and of g at a time: eight of both are more streams than the hardware follows.
-constexpr int kGradientRows = 2;
-
-// The same over any number of rows; grad takes rows from 0 on.
+// The same over any number of rows; grad takes rows from 0 on. Two at a time load and store the
+// sums half as often, where the hardware follows them.
 template <typename T, typename A, typename F>
 inline void add_gradient_rows(const T* x, int64_t stride, int64_t rows, int64_t n, const A* mean,
                               A* sum_g, A* sum_gd, F&& grad) {
   int64_t r = 0;
-  for (; r + kGradientRows <= rows; r += kGradientRows) {
-    add_gradients<kGradientRows>(
+  for (; is_page_apart<T>(stride) && r + 2 <= rows; r += 2) {
+    add_gradients<2>(
         x + r * stride, stride, n, mean, sum_g, sum_gd,
         [&](auto tag, auto d, int64_t i, int64_t j) { return grad(tag, d, r + i, j); });
   }
@@ -321,6 +330,25 @@ inline void merge_pieces(int64_t pieces, int64_t stride, int64_t n, F&& count, d
     for (int64_t j = 0; j < size; ++j) mean0[j] += shift[j];
     std::copy_n(square, size, m20);
   }
+}
+
+// Merges the means and squared deviations of n columns of `count` elements each into the first.
+// Equal means stay as they are.
+inline void merge_columns(int64_t n, int64_t count, double* mean, double* m2) {
+  if (n == 1) return;
+  const auto deviation = [=](auto tag, int64_t i, double from) {
+    const auto m = load(tag, mean + i);
+    return m - std::remove_const_t<decltype(m)>(from);
+  };
+  const double first = mean[0], weight = static_cast<double>(count);
+  const double shift =
+      wide_sum<double>(n, [&](auto tag, int64_t i) { return deviation(tag, i, first); }) /
+      static_cast<double>(n);
+  m2[0] = wide_sum<double>(n, [&](auto tag, int64_t i) {
+    const auto d = deviation(tag, i, first + shift);
+    return fmadd(d * std::remove_const_t<decltype(d)>(weight), d, load(tag, m2 + i));
+  });
+  mean[0] = first + shift;
 }
 
 // Adds rows 1 .. pieces - 1 of n sums, `stride` apart, to row 0.

@@ -32,7 +32,7 @@ class Backward {
         stored_ = p.dx;
       }
     }
-    chunked_ = epilogue_ && (!relu_ || p.dresidual != nullptr || fused_dx_ != nullptr);
+    chunked_ = epilogue_ && (!relu_ || fused_dx_ != nullptr);
   }
 
   void run() {
@@ -72,7 +72,8 @@ class Backward {
     const auto partial = uninitialized<double>(sums_ ? v_.outer * partial_size() : 0);
     if (sums_) start_parameters(v_.outer);
     for_each_wave(v_, 2 * sizeof(T), [&](int64_t begin, int64_t end) {
-      for (int64_t o = begin; o < end; ++o) expand(o, 0, t_.width, of(o));
+      for_each_range(t_, begin, end,
+                     [&](int64_t o, int64_t j, int64_t n) { expand(o, j, n, of(o)); });
       if (sums_) split_sums(begin, end, partial.get(), of);
       if (!map_needed_) return;
       parallel_tasks_reversed((end - begin) * t_.chunks,
@@ -91,10 +92,8 @@ class Backward {
                   [&](int64_t o, int64_t chunk, int64_t first, int64_t n) {
                     chunk_sums(o, chunk, first, n, of(o), nullptr, partial + o * partial_size());
                   });
-    at::parallel_for(begin, end, 1, [&](int64_t first, int64_t last) {
-      for (int64_t o = first; o < last; ++o) {
-        finish_sums(o, 0, t_.width, partial + o * partial_size(), of(o), o);
-      }
+    for_each_range(t_, begin, end, [&](int64_t o, int64_t first, int64_t n) {
+      finish_sums(o, first, n, partial + o * partial_size(), of(o), o);
     });
   }
 
@@ -109,18 +108,19 @@ class Backward {
       const int64_t cached = v_.reduce_outer * (t_.fold > 1 ? t_.row : n);
       cache = thread_scratch<A, Slot::Gradient>(round_up(cached, t_.width));
     }
+    const auto of = [&](int64_t chunk) {
+      return cache != nullptr ? cache + chunk * t_.chunk_rows * n : nullptr;
+    };
     if (sums_) {
       double* partial = thread_scratch<double, Slot::Partial>(partial_size());
       for (int64_t chunk = 0; chunk < t_.chunks; ++chunk) {
-        A* chunk_cache = cache != nullptr ? cache + chunk * t_.chunk_rows * n : nullptr;
-        chunk_sums(o, chunk, first, n, columns, chunk_cache, partial);
+        chunk_sums(o, chunk, first, n, columns, of(chunk), partial);
       }
       finish_sums(o, first, n, partial, columns, block);
     }
     if (!map_needed_) return;
     for (int64_t chunk = t_.chunks; chunk-- > 0;) {
-      A* chunk_cache = cache != nullptr ? cache + chunk * t_.chunk_rows * n : nullptr;
-      map(Chunk(v_, t_, o, chunk), first, n, columns, chunk_cache);
+      map(Chunk(v_, t_, o, chunk), first, n, columns, of(chunk));
     }
   }
 
@@ -130,10 +130,8 @@ class Backward {
     std::fill_n(out.e + first, n, A(0));
   }
 
-  // The gradient of the norm over n columns from j0 of folded row r, to `grad` and `out`.
-  void gradient(const Chunk& chunk, int64_t r, int64_t j0, int64_t n, const Columns<A>& columns,
-                A* grad, T* out) {
-    const int64_t index = chunk.offset + r * t_.width + j0;
+  // The gradient of the norm over n columns from j0, which lie at `index`, to `grad` and `out`.
+  void gradient(int64_t index, int64_t j0, int64_t n, const Columns<A>& columns, A* grad, T* out) {
     const T* x = p_.x + index;
     const A *mean = columns.mean + j0, *scale = columns.scale + j0, *bias = columns.bias + j0;
     if (relu_) {
@@ -182,10 +180,64 @@ class Backward {
     });
   }
 
-  static void scale_row(const A* g, const A* scale, int64_t n, T* out) {
-    for_each_wide<A>(n, [&](auto tag, int64_t j) {
-      store(tag, out + j, load(tag, g + j) * load(tag, scale + j));
-    });
+  // Adds g and g d of n columns from `first` of the rows that begin at `at`.
+  void add_rows(int64_t at, int64_t rows, int64_t first, int64_t n, const Columns<A>& columns,
+                A* sum_g, A* sum_gd) {
+    const int64_t index = at + first, width = t_.width;
+    const auto add = [&](auto&& grad) {
+      add_gradient_rows(p_.x + index, width, rows, n, columns.mean + first, sum_g, sum_gd, grad);
+    };
+    if (relu_) {
+      with_relu_gradient(index, first, columns, p_.dresidual, [&](auto grad) {
+        add([=](auto tag, auto d, int64_t row, int64_t column) {
+          return grad(tag, d, row * width + column, column);
+        });
+      });
+    } else if (fused_dx_ != nullptr) {
+      add([=, dy = p_.dy + index, dx = fused_dx_ + index, scale = columns.scale + first](
+              auto tag, auto, int64_t row, int64_t column) {
+        const auto g = load(tag, dy + row * width + column);
+        store(tag, dx + row * width + column, g * load(tag, scale + column));
+        return g;
+      });
+    } else {
+      add([=, dy = p_.dy + index](auto tag, auto, int64_t row, int64_t column) {
+        return load(tag, dy + row * width + column);
+      });
+    }
+  }
+
+  // The same by way of a chunk of gradients, which stays in `cache`, its rows `stride` apart.
+  void add_chunks(int64_t at, int64_t rows, int64_t first, int64_t n, const Columns<A>& columns,
+                  A* cache, int64_t stride, A* sum_g, A* sum_gd) {
+    alignas(64) A grads[kChunk];
+    T* dresidual = stored_ == nullptr ? p_.dresidual : nullptr;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t j = 0; j < n; j += kChunk) {
+        A* g = cache != nullptr ? cache + r * stride + j : grads;
+        const int64_t size = std::min(kChunk, n - j), index = at + r * t_.width + first + j;
+        gradient(index, first + j, size, columns, g, dresidual);
+        const auto add = [&](auto&& grad) {
+          add_gradients<1>(p_.x + index, 0, size, columns.mean + first + j, sum_g + j, sum_gd + j,
+                           grad);
+        };
+        if (stored_ != nullptr) {
+          add([&](auto tag, auto, int64_t, int64_t i) {
+            const auto v = load(tag, g + i);
+            store(tag, stored_ + index + i, v);
+            return v;
+          });
+        } else if (fused_dx_ != nullptr) {
+          add([&, scale = columns.scale + first + j](auto tag, auto, int64_t, int64_t i) {
+            const auto v = load(tag, g + i);
+            store(tag, fused_dx_ + index + i, v * load(tag, scale + i));
+            return v;
+          });
+        } else {
+          add([&](auto tag, auto, int64_t, int64_t i) { return load(tag, g + i); });
+        }
+      }
+    }
   }
 
   // sum(g) and sum(g d) of the chunk, per column of a row, to `partial`. A cache keeps g, its
@@ -196,63 +248,19 @@ class Backward {
     A* sum_g = thread_scratch<A, Slot::Sums>(2 * n);
     A* sum_gd = sum_g + n;
     std::fill_n(sum_g, 2 * n, A(0));
-    const int64_t rows = chunk.rows();
-    const int64_t tile = chunked_ ? kGradientTile : kTile;
-    alignas(64) A grads[kRowGroup * kGradientTile];
-    for (int64_t r = 0; r < rows; r += kRowGroup) {
-      const int64_t group_end = std::min<int64_t>(r + kRowGroup, rows);
-      for (int64_t j = 0; j < n; j += tile) {
-        for (int64_t r0 = r; r0 < group_end;) {
-          // Whole rows together, a cut one alone.
-          const int64_t size = std::min(tile, chunk.columns(r0, first, n) - j);
-          const int64_t r1 = r0 < chunk.full ? std::min(group_end, chunk.full) : group_end;
-          if (size > 0) {
-            const int64_t at = chunk.offset + r0 * t_.width + first + j;
-            const int64_t width = t_.width;
-            const auto add = [&](auto&& grad) {
-              add_gradient_rows(p_.x + at, width, r1 - r0, size, columns.mean + first + j,
-                                sum_g + j, sum_gd + j, grad);
-            };
-            if (chunked_) {
-              A* g = cache != nullptr ? cache + r0 * n + j : grads;
-              const int64_t stride = cache != nullptr ? n : kGradientTile;
-              T* out = p_.dresidual != nullptr ? p_.dresidual : stored_;
-              for (int64_t i = r0; i < r1; ++i) {
-                gradient(chunk, i, first + j, size, columns, g + (i - r0) * stride, out);
-              }
-              add([=](auto tag, auto, int64_t row, int64_t column) {
-                return load(tag, g + row * stride + column);
-              });
-              if (fused_dx_ != nullptr) {
-                for (int64_t i = 0; i < r1 - r0; ++i) {
-                  scale_row(g + i * stride, columns.scale + first + j, size,
-                            fused_dx_ + at + i * width);
-                }
-              }
-            } else if (relu_) {
-              with_relu_gradient(at, first + j, columns, nullptr, [&](auto grad) {
-                add([=, dy = p_.dy + at](auto tag, auto d, int64_t row, int64_t column) {
-                  __builtin_prefetch(dy + (row + kRowGroup) * width + column);
-                  return grad(tag, d, row * width + column, column);
-                });
-              });
-            } else if (fused_dx_ != nullptr) {
-              add([=, dy = p_.dy + at, dx = fused_dx_ + at, scale = columns.scale + first + j](
-                      auto tag, auto, int64_t row, int64_t column) {
-                const auto g = load(tag, dy + row * width + column);
-                store(tag, dx + row * width + column, g * load(tag, scale + column));
-                return g;
-              });
-            } else {
-              add([=, dy = p_.dy + at](auto tag, auto, int64_t row, int64_t column) {
-                __builtin_prefetch(dy + (row + kRowGroup) * width + column);
-                return load(tag, dy + row * width + column);
-              });
-            }
-          }
-          r0 = r1;
+    for (int64_t j = 0; j < n; j += kTile) {
+      const int64_t size = std::min(kTile, n - j);
+      const auto add = [&](int64_t r, int64_t rows, int64_t row_size) {
+        const int64_t at = chunk.offset + r * t_.width;
+        if (chunked_) {
+          A* kept = cache != nullptr ? cache + r * n + j : nullptr;
+          add_chunks(at, rows, first + j, row_size, columns, kept, n, sum_g + j, sum_gd + j);
+        } else {
+          add_rows(at, rows, first + j, row_size, columns, sum_g + j, sum_gd + j);
         }
-      }
+      };
+      add(0, chunk.full, size);
+      if (chunk.rest > 0) add(chunk.full, 1, chunk.columns(chunk.full, first + j, size));
     }
     double* g = partial + index * t_.row;
     double* gd = partial + (t_.chunks + index) * t_.row;
@@ -287,13 +295,15 @@ class Backward {
     for (int64_t begin = 0; begin < columns; begin += inner) {
       const double r = inverse_std(p_.var[o * v_.kept + (first + begin) / inner], p_.config.eps);
       double sum_wg = 0, sum_wgd = 0;
-      for_each_column(v_, first + begin, inner, [&](int64_t j, int64_t, int64_t channel) {
+      for_each_channel_run(v_, first + begin, inner, [&](int64_t j, int64_t, int64_t channel) {
         const double w = p_.weight != nullptr ? p_.weight[channel] : 1.0;
-        sum_wg += w * g[j - first];
-        sum_wgd += w * gd[j - first];
+        const double sum_g = sum_of(g + j - first, v_.inner);
+        const double sum_gd = sum_of(gd + j - first, v_.inner);
+        sum_wg += w * sum_g;
+        sum_wgd += w * sum_gd;
         if (parameters_) {
-          db[channel] += g[j - first];
-          dw[channel] += r * gd[j - first];
+          db[channel] += sum_g;
+          dw[channel] += r * sum_gd;
         }
       });
       if (!p_.config.frozen) {
@@ -306,6 +316,11 @@ class Backward {
       repeat_fold(t_, out.c);
       repeat_fold(t_, out.e);
     }
+  }
+
+  static double sum_of(const double* values, int64_t n) {
+    if (n == 1) return *values;
+    return wide_sum<double>(n, [=](auto tag, int64_t i) { return load(tag, values + i); });
   }
 
   void start_parameters(int64_t blocks) {
@@ -360,7 +375,7 @@ class Backward {
         } else if (relu_ && p_.dx != nullptr) {
           with_relu_gradient(index, j0, columns, dresidual, to_input);
         } else {
-          gradient(chunk, r, j0, size, columns, grad, dresidual);
+          gradient(index, j0, size, columns, grad, dresidual);
           from(static_cast<const A*>(grad));
         }
       }

@@ -41,7 +41,8 @@ class Forward {
       const auto partial = uninitialized<double>(p_.config.frozen ? 0 : v_.outer * partial_size());
       for_each_wave(v_, sizeof(T), [&](int64_t first, int64_t end) {
         if (!p_.config.frozen) split_statistics(first, end, partial.get());
-        for (int64_t o = first; o < end; ++o) expand(o, 0, t_.width, of(o));
+        for_each_range(t_, first, end,
+                       [&](int64_t o, int64_t j, int64_t n) { expand(o, j, n, of(o)); });
         parallel_tasks_reversed((end - first) * t_.chunks,
                                 t_.chunk_rows * t_.width * int64_t(sizeof(T)), [&](int64_t task) {
                                   const int64_t o = first + task / t_.chunks;
@@ -58,10 +59,8 @@ class Forward {
     for_each_tile(t_, first, end, sizeof(T), [&](int64_t o, int64_t chunk, int64_t j, int64_t n) {
       chunk_moments(o, chunk, j, n, partial + o * partial_size());
     });
-    at::parallel_for(first, end, 1, [&](int64_t begin, int64_t last) {
-      for (int64_t o = begin; o < last; ++o) {
-        finish_statistics(o, 0, t_.row, partial + o * partial_size());
-      }
+    for_each_range(t_, first, end, [&](int64_t o, int64_t j, int64_t n) {
+      finish_statistics(o, j, n, partial + o * partial_size());
     });
   }
 
@@ -77,7 +76,7 @@ class Forward {
           if (t_.fold > 1) break;
         }
       }
-      finish_statistics(o, first, t_.fold > 1 ? t_.row : n, partial);
+      finish_statistics(o, first, n, partial);
     }
     expand(o, first, n, columns);
     for (int64_t chunk = t_.chunks; chunk-- > 0;) {
@@ -100,7 +99,7 @@ class Forward {
     if (chunk.full > 0) {
       column_moments(x, t_.width, chunk.full, n, centered, shift, sum, square);
       if (chunk.rest > 0)
-        add_moments<1>(x + chunk.full * t_.width, 0, chunk.rest, shift, sum, square);
+        add_moments<1, false>(x + chunk.full * t_.width, 0, chunk.rest, shift, sum, square);
     } else {
       column_moments(x, 0, std::min<int64_t>(chunk.rest, 1), chunk.rest, centered, shift, sum,
                      square);
@@ -122,8 +121,9 @@ class Forward {
     std::copy_n(folds + t_.width, t_.row, m2);
   }
 
-  // From the chunks' moments of columns [first, first + n) of a row to mean and var of block o.
-  void finish_statistics(int64_t o, int64_t first, int64_t n, double* partial) {
+  // From the chunks' moments of columns [first, first + size) to mean and var of block o.
+  void finish_statistics(int64_t o, int64_t first, int64_t size, double* partial) {
+    const int64_t n = t_.fold > 1 ? t_.row : size;
     double* mean = partial + first;
     double* m2 = partial + t_.chunks * t_.row + first;
     merge_pieces(
@@ -131,9 +131,7 @@ class Forward {
     const int64_t inner = v_.reduce_inner;
     const double rows = static_cast<double>(v_.rows_of(o));
     for (int64_t j = 0; j < n; j += inner) {
-      merge_pieces(inner, 1, 1, [&](int64_t) { return v_.rows_of(o); }, mean + j, m2 + j);
-    }
-    for (int64_t j = 0; j < n; j += inner) {
+      merge_columns(inner, v_.rows_of(o), mean + j, m2 + j);
       const int64_t k = o * v_.kept + (first + j) / inner;
       if (p_.mean != nullptr) p_.mean[k] = static_cast<A>(mean[j]);
       p_.var[k] = static_cast<A>(m2[j] / (rows * static_cast<double>(inner)));

@@ -7,10 +7,9 @@
 
 namespace fastnorm::cpu {
 
-constexpr int64_t kTile = 512;          // columns of a task
-constexpr int64_t kFoldedWidth = 256;   // that narrow rows are folded to
-constexpr int64_t kGradientTile = 256;  // columns of kRowGroup rows of gradients in L1
-constexpr int64_t kMinColumns = 128;    // of a range: 512 bytes of float in a row
+constexpr int64_t kTile = 4096;        // columns of a task
+constexpr int64_t kFoldedWidth = 256;  // that narrow rows are folded to
+constexpr int64_t kMinColumns = 128;   // of a range: 512 bytes of float in a row
 constexpr int64_t kMaxSample = 512 * 1024;
 constexpr int64_t kSampleBlocks = 64;  // partial sums of the parameter gradients
 
@@ -29,7 +28,9 @@ struct Tiling {
     if (fold > 1 && whole * row <= 4 * kFoldedWidth && whole * kRowGroup <= rows) fold = whole;
     width = fold * row;
     const int64_t folded_rows = ceil_div(rows, fold);
-    chunk_rows = std::clamp<int64_t>(round_up(ceil_div(folded_rows, 8), kRowGroup), 32, 128);
+    // At most about 128 rows, in a number that threads divide evenly.
+    chunks = round_up(ceil_div(folded_rows, 128), 8);
+    chunk_rows = std::max<int64_t>(32, round_up(ceil_div(folded_rows, chunks), kRowGroup));
     chunks = std::max<int64_t>(1, ceil_div(folded_rows, chunk_rows));
     tile = width;
     visit = Visit::Split;
@@ -71,6 +72,16 @@ void for_each_tile(const Tiling& t, int64_t o, int64_t o_end, int64_t element_by
                  });
 }
 
+// f(block, first column, columns) for the tiles' columns of blocks [o, o_end), in parallel.
+template <typename F>
+void for_each_range(const Tiling& t, int64_t o, int64_t o_end, F&& f) {
+  const int64_t tiles = t.tiles(), bytes = t.tile * t.chunks * int64_t(sizeof(double));
+  parallel_tasks((o_end - o) * tiles, bytes, [&](int64_t task) {
+    const int64_t first = task % tiles * t.tile;
+    f(o + task / tiles, first, t.tile_size(first));
+  });
+}
+
 // A chunk: `full` folded rows and, behind them, `rest` columns of one more.
 struct Chunk {
   int64_t offset, full, rest, count;  // count: rows of the tensor
@@ -104,15 +115,21 @@ struct Columns {
   static int64_t size(int64_t width) { return 5 * width; }
 };
 
-// f(j, statistic, channel) for columns [first, first + n) of a row; first starts a statistic.
+// f(first column, statistic, channel) for the channels in columns [first, first + n) of a row;
+// first starts a statistic.
 template <typename F>
-void for_each_column(const View& v, int64_t first, int64_t n, F&& f) {
+void for_each_channel_run(const View& v, int64_t first, int64_t n, F&& f) {
   int64_t j = first, channel = first / v.inner;
   for (int64_t k = first / v.reduce_inner; j < first + n; ++k) {
-    for (int64_t c = 0; c < v.channels_per_kept(); ++c, ++channel) {
-      for (int64_t i = 0; i < v.inner; ++i, ++j) f(j, k, channel);
-    }
+    for (int64_t c = 0; c < v.channels_per_kept(); ++c, ++channel, j += v.inner) f(j, k, channel);
   }
+}
+
+// Sets the n columns of a channel; mostly it is one.
+template <typename A>
+void set_channel(A* values, int64_t n, A value) {
+  if (n > 1) return void(std::fill_n(values, n, value));
+  *values = value;
 }
 
 template <typename A>
@@ -127,12 +144,13 @@ void expand_columns(const NormConfig& config, const Tiling& t, int64_t o, int64_
   const int64_t row_columns = t.fold > 1 ? t.row : n;
   int64_t last = -1;
   double r = 0;
-  for_each_column(v, first, row_columns, [&](int64_t j, int64_t k, int64_t channel) {
+  for_each_channel_run(v, first, row_columns, [&](int64_t j, int64_t k, int64_t channel) {
     if (k != last) r = inverse_std(var[o * v.kept + k], config.eps);
     last = k;
-    out.mean[j] = mean != nullptr ? mean[o * v.kept + k] : A(0);
-    out.scale[j] = static_cast<A>(weight != nullptr ? r * weight[channel] : r);
-    out.bias[j] = bias != nullptr ? bias[channel] : A(0);
+    set_channel(out.mean + j, v.inner, mean != nullptr ? mean[o * v.kept + k] : A(0));
+    set_channel(out.scale + j, v.inner,
+                static_cast<A>(weight != nullptr ? r * weight[channel] : r));
+    set_channel(out.bias + j, v.inner, bias != nullptr ? bias[channel] : A(0));
   });
   if (t.fold > 1) {
     repeat_fold(t, out.mean);

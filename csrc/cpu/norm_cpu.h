@@ -5,6 +5,7 @@
 // of common/norm.h. A null pointer means "absent" or "not asked for".
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -45,12 +46,13 @@ struct NormBackward {
   acc_t<T>* dbias;
 };
 
-// Planes shorter than this go to the forms whose cost does not depend on their length.
-constexpr int64_t kMinPlane = 16;
-
-// Whether statistics are those of contiguous planes of one channel each.
+// Whether statistics are those of contiguous planes of one channel each, long enough to pay for
+// each plane. Many short ones go to the column form: it pays for each column, an eighth as much,
+// and reads in longer runs.
 inline bool is_plane(const View& v) {
-  return v.inner >= kMinPlane && (v.inner == v.reduce_inner || v.reduce_outer == 1);
+  const int64_t rows = v.reduce_outer;
+  return v.inner >= std::clamp<int64_t>(8 * rows, 16, 256) &&
+         (v.inner == v.reduce_inner || rows == 1);
 }
 
 // Row geometry: config.is_row(), and not is_plane().
