@@ -76,6 +76,7 @@ def expected_mask(view: tuple[int, int, int], p: float) -> torch.Tensor:
     [
         (1, 1, 1), (7, 1, 1), (2047, 1, 1), (2048, 1, 1), (2049, 1, 1), (4096, 1, 1),
         (40, 9, 1), (12, 64, 1), (5, 3, 16), (3, 7, 5), (1, 600, 1), (2, 5, 24),
+        (41, 3, 1), (5, 6, 9), (3, 5, 27), (7, 5, 3),
     ],
 )  # fmt: skip
 def test_masks(lib: driver.Library, dtype: torch.dtype, view: tuple[int, int, int]) -> None:

@@ -1,10 +1,11 @@
 // Dropout on CUDA: one thread per pack of 16 bytes, one Philox call per thread.
 //
 // A pack of n elements (n divides 8) that starts at a multiple of n has all its bits in one call,
-// whose counter is the element index / 8: the bits do not depend on the launch. Masks that
-// elements share (common/dropout.h) need a call per element only where a pack straddles two of
-// their rows. Forward and backward are one kernel, as on the CPU: the backward pass drops
-// dy * activation'(x + bias), in this order, so that a dropped element's gradient is 0 even at inf.
+// whose counter is the element index / 8: the bits do not depend on the launch. In a mask that
+// elements share (common/dropout.h) a pack begins anywhere and may straddle rows of the mask: it
+// makes each call that it spans once, up to four. Forward and backward are one kernel, as on the
+// CPU: the backward pass drops dy * activation'(x + bias), in this order, so that a dropped
+// element's gradient is 0 even at inf.
 #pragma once
 
 #include "cuda/dropout_cuda.h"
@@ -12,48 +13,55 @@
 
 namespace fastnorm::cuda {
 
-// 16 bits each of elements index .. index + n - 1; index is a multiple of n.
+// Bit e: whether element index + e is kept, for e < n; index is a multiple of n.
 template <int n>
-FASTNORM_DEVICE void random_bits(uint64_t index, uint64_t seed, uint32_t (&bits)[n]) {
-  const Philox4 words = philox4x32_10(index / 8, seed);
-  if constexpr (n == 8) {
+FASTNORM_DEVICE uint32_t kept_bits(int64_t index, uint64_t seed, uint32_t threshold) {
+  const Philox4 words = philox4x32_10(static_cast<uint64_t>(index) / 8, seed);
+  // A runtime index into the four words would put them into local memory.
+  const int first = static_cast<int>(index % 8);
+  const uint64_t low = words.word[0] | static_cast<uint64_t>(words.word[1]) << 32;
+  const uint64_t high = words.word[2] | static_cast<uint64_t>(words.word[3]) << 32;
+  uint32_t kept = 0;
 #pragma unroll
-    for (int e = 0; e < n; ++e) bits[e] = words.bits16(e);
-  } else {
-    // A runtime index into the four words would put them into local memory.
-    const int first = static_cast<int>(index % 8);
-    const uint64_t low = words.word[0] | static_cast<uint64_t>(words.word[1]) << 32;
-    const uint64_t high = words.word[2] | static_cast<uint64_t>(words.word[3]) << 32;
-    const uint64_t half = (first < 4 ? low : high) >> (16 * (first % 4));
-#pragma unroll
-    for (int e = 0; e < n; ++e) bits[e] = static_cast<uint32_t>(half >> (16 * e)) & 0xffffu;
+  for (int e = 0; e < n; ++e) {
+    const int at = n == 8 ? e : first + e;
+    const uint64_t four = at < 4 ? low : high;
+    kept |= uint32_t{(four >> (16 * (at % 4)) & 0xffffu) < threshold} << e;
   }
+  return kept;
 }
 
 // The same of the mask that elements i .. i + n - 1 of the tensor share with others.
 template <int n>
-FASTNORM_DEVICE void shared_bits(const MaskView& view, int64_t i, uint64_t seed,
-                                 uint32_t (&bits)[n]) {
-  const int64_t row = divide(i, view.inner);  // (o, s)
-  const int64_t column = i - row * view.inner;
-  const int64_t o = divide(row, view.shared);
-  const int64_t index = o * view.inner + column;
-  if (view.inner % n == 0) return random_bits(static_cast<uint64_t>(index), seed, bits);
-  if (view.inner == 1 && divide(i + n - 1, view.shared) == o) {
-    uint32_t one[1];
-    random_bits(static_cast<uint64_t>(o), seed, one);
+FASTNORM_DEVICE uint32_t shared_kept_bits(const MaskView& view, int64_t i, uint64_t seed,
+                                          uint32_t threshold) {
+  // By runs of elements begin .. end - 1 that are neighbours in the mask, or one element of it.
+  const int step = view.inner == 1 ? 0 : 1;
+  uint32_t kept = 0;
+#pragma unroll 1
+  for (int begin = 0; begin < n;) {
+    const int64_t row = divide(i + begin, view.inner);  // (o, s)
+    const int64_t column = i + begin - row * view.inner;
+    const int64_t o = divide(row, view.shared);
+    const int64_t first = o * view.inner + column;
+    if (begin == 0 && view.inner % n == 0) return kept_bits<n>(first, seed, threshold);
+    const int64_t left = step == 0 ? (o + 1) * view.shared - row : view.inner - column;
+    const int end = left < n - begin ? begin + static_cast<int>(left) : n;
+    const int64_t last = first + step * (end - begin - 1);
+    // One call at a time: the words of several would cost the kernel its occupancy.
+#pragma unroll 1
+    for (int64_t call = first / 8; call <= last / 8; ++call) {
+      const uint32_t eight = kept_bits<8>(call * 8, seed, threshold);
+      const int offset = static_cast<int>(first - call * 8) - begin * step;
 #pragma unroll
-    for (int e = 0; e < n; ++e) bits[e] = one[0];
-    return;
+      for (int e = 0; e < n; ++e) {
+        const int at = offset + e * step;
+        if (e >= begin && e < end && at >= 0 && at < 8) kept |= (eight >> at & 1u) << e;
+      }
+    }
+    begin = end;
   }
-#pragma unroll
-  for (int e = 0; e < n; ++e) {
-    const int64_t r = divide(i + e, view.inner);
-    const int64_t shared_index = divide(r, view.shared) * view.inner + (i + e - r * view.inner);
-    uint32_t one[1];
-    random_bits(static_cast<uint64_t>(shared_index), seed, one);
-    bits[e] = one[0];
-  }
+  return kept;
 }
 
 template <int n, typename T>
@@ -91,20 +99,18 @@ FASTNORM_DEVICE void dropout_pack(const DropoutPass<T>& p, int64_t i) {
   }
   if (config.dropout.seed != nullptr) {
     const uint64_t seed = static_cast<uint64_t>(load(config.dropout.seed));
-    uint32_t bits[n];
-    if (config.view.shared == 1) {
-      random_bits(static_cast<uint64_t>(i), seed, bits);
-    } else {
-      shared_bits(config.view, i, seed, bits);
-    }
+    const uint32_t threshold = config.dropout.threshold;
+    const uint32_t kept = config.view.shared == 1
+                              ? kept_bits<n>(i, seed, threshold)
+                              : shared_kept_bits<n>(config.view, i, seed, threshold);
     const A scale = static_cast<A>(config.dropout.scale);
     const A shift = static_cast<A>(config.shift), dropped = static_cast<A>(config.dropped);
     const bool shifted = shift != A(0) || dropped != A(0);
 #pragma unroll
     for (int e = 0; e < n; ++e) {
-      A kept = v[e] * scale;
-      if (shifted) kept += shift;
-      v[e] = bits[e] < config.dropout.threshold ? kept : dropped;
+      A value = v[e] * scale;
+      if (shifted) value += shift;
+      v[e] = kept >> e & 1u ? value : dropped;
     }
   }
   if (p.residual != nullptr) {
@@ -121,8 +127,10 @@ FASTNORM_DEVICE void dropout_pack(const DropoutPass<T>& p, int64_t i) {
 
 constexpr int kDropoutThreads = 256;
 
+// In float32 the compiler misses 40 resident warps by two registers unless it is asked for them.
 template <typename T, int n>
-__global__ void __launch_bounds__(kDropoutThreads, 1) dropout_kernel(DropoutPass<T> p) {
+__global__ void __launch_bounds__(kDropoutThreads, sizeof(T) == 4 ? 5 : 1)
+    dropout_kernel(DropoutPass<T> p) {
   const int64_t numel = p.config.view.numel();
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * kDropoutThreads + threadIdx.x) * n;
   if (i + n <= numel) return dropout_pack<n>(p, i);
