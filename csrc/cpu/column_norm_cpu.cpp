@@ -20,7 +20,7 @@ class Forward {
   using A = acc_t<T>;
 
  public:
-  explicit Forward(const NormForward<T>& p) : p_(p), v_(p.config.view), t_(v_) {}
+  explicit Forward(const NormForward<T>& p) : p_(p), v_(p.config.view), t_(v_, p.config.frozen) {}
 
   void run() {
     if (t_.visit == Visit::Samples) {

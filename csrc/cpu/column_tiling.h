@@ -19,7 +19,8 @@ struct Tiling {
   int64_t row, fold, width, chunk_rows, chunks, tile;
   Visit visit;
 
-  explicit Tiling(const View& v) {
+  // `one_pass`: nothing is summed.
+  explicit Tiling(const View& v, bool one_pass = false) {
     row = v.row_size();
     const int64_t rows = v.reduce_outer, size = rows * row;
     fold = std::max<int64_t>(1, std::min(ceil_div(kFoldedWidth, row), rows / kRowGroup));
@@ -45,6 +46,12 @@ struct Tiling {
         tile = std::max<int64_t>(1, kTile / step) * step;
       }
       tile = std::min(tile, width);
+    }
+    // One pass goes through memory in order; the parameters of a row stay in cache from row to row.
+    if (one_pass && fold == 1 && v.inner > 1) {
+      visit = Visit::Split;
+      chunk_rows = 4;
+      chunks = ceil_div(rows, chunk_rows);
     }
   }
   int64_t tiles() const { return ceil_div(width, tile); }
