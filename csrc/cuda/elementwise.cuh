@@ -51,6 +51,39 @@ struct Drop {
   }
 };
 
+// Dropout for threads that own single elements: the block draws the bits of a run of neighbours
+// into shared memory, once per call.
+template <typename A>
+struct StagedDrop {
+  Drop<A> drop;
+  uint8_t* bytes;  // one for each call from `first_call` on
+  int64_t first_call = 0;
+
+  static FASTNORM_HD size_t size(int count) { return (static_cast<size_t>(count) + 14) / 8; }
+
+  // Of elements index .. index + count - 1; to be read after a barrier.
+  FASTNORM_DEVICE void draw(int64_t index, int count) {
+    if (!drop.on) return;
+    first_call = index / 8;
+    const int calls = static_cast<int>((index + count + 7) / 8 - first_call);
+    for (int c = static_cast<int>(threadIdx.x); c < calls; c += static_cast<int>(blockDim.x)) {
+      const Philox4 bits = philox4x32_10(static_cast<uint64_t>(first_call + c), drop.seed);
+      uint32_t kept = 0;
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        kept |= static_cast<uint32_t>(bits.bits16(e) < drop.threshold) << e;
+      }
+      shared_store(bytes + c, static_cast<uint8_t>(kept));
+    }
+  }
+
+  FASTNORM_DEVICE void apply(A (&v)[1], int64_t index) const {
+    if (!drop.on) return;
+    const uint32_t kept = shared_load(bytes + (index / 8 - first_call));
+    v[0] = kept >> (index % 8) & 1u ? v[0] * drop.scale : A(0);
+  }
+};
+
 // v = activation(v): one branch per pack, uniform over the launch.
 template <typename A, int n>
 FASTNORM_DEVICE void activate(A (&v)[n], Activation activation) {

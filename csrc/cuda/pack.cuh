@@ -29,6 +29,10 @@ namespace fastnorm {
 template <int bytes>
 struct WordOf;
 template <>
+struct WordOf<1> {
+  using type = unsigned char;
+};
+template <>
 struct WordOf<2> {
   using type = unsigned short;
 };

@@ -31,9 +31,9 @@
 namespace fastnorm::cuda {
 
 // s = residual + dropout(x) of one pack, rounded to T as it is stored.
-template <typename T, int n>
+template <typename T, int n, typename D>
 FASTNORM_DEVICE Pack<T, n> add_dropped(const Pack<T, n>& x, const Pack<T, n>& residual,
-                                       const Drop<Accumulate<T>>& drop, int64_t index) {
+                                       const D& drop, int64_t index) {
   Accumulate<T> v[n], r[n];
   widen(x, v);
   widen(residual, r);
@@ -44,13 +44,13 @@ FASTNORM_DEVICE Pack<T, n> add_dropped(const Pack<T, n>& x, const Pack<T, n>& re
 }
 
 // What follows the statistics, for the pack at columns j .. j+n-1: v holds x on entry.
-template <typename T, int n>
+template <typename T, int n, typename D>
 FASTNORM_DEVICE Pack<T, n> normalize_pack(const NormForward<T>& p, const Pack<T, n>& x,
                                           Accumulate<T> mean, Accumulate<T> rstd,
                                           const Accumulate<T> (&weight)[n],
                                           const Accumulate<T> (&bias)[n], bool add,
-                                          const Pack<T, n>& residual,
-                                          const Drop<Accumulate<T>>& drop, int64_t index) {
+                                          const Pack<T, n>& residual, const D& drop,
+                                          int64_t index) {
   using A = Accumulate<T>;
   A v[n];
   widen(x, v);

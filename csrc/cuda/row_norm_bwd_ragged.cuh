@@ -28,11 +28,12 @@ __global__ __launch_bounds__(kBackwardThreads,
   const bool centered = p.config.statistic == Statistic::MeanVar, prologue = p.config.prologue;
   const bool by_column = p.config.view.inner == 1 && p.config.view.kept == 1;
   const T* third = prologue ? p.dsum : p.residual;
-  const Drop<A> drop = Drop<A>::of(p.config.dropout);
 
   const auto at = [&](int stage, int tensor) {
     return stages + (stage * 3 + tensor) * Run<T>::capacity(per_block);
   };
+  StagedDrop<A> drop{Drop<A>::of(p.config.dropout),
+                     reinterpret_cast<uint8_t*>(at(shape.stages, 0))};
   const auto run_of = [&](int64_t row) { return Run<T>::of(row * size + first, count); };
   const auto fetch_row = [&](int64_t row, int stage) {
     if (row < rows) {
@@ -61,6 +62,7 @@ __global__ __launch_bounds__(kBackwardThreads,
       copy_async_wait<0>();
     }
     const Run<T> run = run_of(row);
+    drop.draw(run.index, count);
     A mean, rstd;
     load_statistics(p, row, mean, rstd);
     const Channels channels = Channels::of_row(p.config.view, row);
@@ -141,10 +143,12 @@ int64_t row_norm_bwd_ragged(const NormBackward<T>& p, const DeviceLimits& device
   shape.groups = std::min(rows, std::max<int64_t>(1, partial_rows(size) / cluster));
   const size_t scratch = 2 * kRowScratch * sizeof(Accumulate<T>);
   const size_t stage = size_t{3} * Run<T>::capacity(per_block) * sizeof(T);
-  if (scratch + 2 * stage > device.max_shared) shape.stages = 1;
+  const size_t kept =
+      p.config.dropout.seed != nullptr ? StagedDrop<Accumulate<T>>::size(per_block) : 0;
+  if (scratch + 2 * stage + kept > device.max_shared) shape.stages = 1;
   launch("row_norm_bwd, ragged",
          LaunchShape{static_cast<unsigned>(shape.groups) * cluster, threads,
-                     scratch + shape.stages * stage, cluster},
+                     scratch + shape.stages * stage + kept, cluster},
          row_norm_bwd_ragged_kernel<T>, p, shape, per_block);
   return shape.groups;
 }

@@ -12,13 +12,13 @@ inline constexpr int kChannelThreads = 128;
 inline constexpr int kTile = 32;
 
 // One pack of the backward pass: xhat, and h from dy. `called` as in activate_backward.
-template <bool called, typename T, int n>
+template <bool called, typename T, int n, typename D>
 FASTNORM_DEVICE void gradient_of_pack(const NormBackward<T>& p, const Pack<T, n>& x,
                                       const Pack<T, n>& dy, const Pack<T, n>& residual,
                                       const Accumulate<T> (&weight)[n], const Channels& channels,
                                       int64_t column, Accumulate<T> mean, Accumulate<T> rstd,
-                                      const Drop<Accumulate<T>>& drop, int64_t index,
-                                      Accumulate<T> (&xhat)[n], Accumulate<T> (&h)[n]) {
+                                      const D& drop, int64_t index, Accumulate<T> (&xhat)[n],
+                                      Accumulate<T> (&h)[n]) {
   using A = Accumulate<T>;
   widen(x, xhat);
   widen(dy, h);

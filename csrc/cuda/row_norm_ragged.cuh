@@ -4,7 +4,8 @@
 // to the next multiple of 16 bytes, whole packs, and a tail. It is copied into shared memory pack
 // by pack, to a place with the same distance from a multiple of 16 bytes, and the results leave the
 // same way. In between a thread owns columns thread, thread + threads, ..., wherever the row
-// begins, so that a row has the same bits in any batch.
+// begins, so that a row has the same bits in any batch. Dropout's bits are drawn while the copy is
+// on its way, one Philox call for 8 elements.
 #pragma once
 
 #include "cuda/row_norm.cuh"
@@ -28,12 +29,14 @@ __global__ __launch_bounds__(kRowThreads, 1) void row_norm_fwd_ragged_kernel(Nor
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const bool centered = p.config.statistic == Statistic::MeanVar;
   const bool add = p.residual != nullptr && !p.config.prologue;
-  const Drop<A> drop = Drop<A>::of(p.config.dropout);
+  T* end = residuals + (p.residual != nullptr ? Run<T>::capacity(per_block) : 0);
+  StagedDrop<A> drop{Drop<A>::of(p.config.dropout), reinterpret_cast<uint8_t*>(end)};
   const Channels channels = Channels::of_row(p.config.view, row);
 
   run.fetch(p.x, stage);
   if (p.residual != nullptr) run.fetch(p.residual, residuals);
   copy_async_commit();
+  drop.draw(run.index, run.count);
   copy_async_wait<0>();
   __syncthreads();
 
@@ -95,8 +98,11 @@ bool row_norm_fwd_ragged(const NormForward<T>& p, const DeviceLimits& device, La
   while (size > cluster * kComfortable && cluster < widest) cluster *= 2;
   const int64_t per_block = (size + cluster - 1) / cluster;
   const size_t stages = p.residual != nullptr ? 2 : 1;
-  const size_t shared =
+  size_t shared =
       kRowScratch * sizeof(Accumulate<T>) + stages * (per_block + 2 * kPackSize<T>)*sizeof(T);
+  if (p.config.dropout.seed != nullptr) {
+    shared += StagedDrop<Accumulate<T>>::size(static_cast<int>(per_block));
+  }
   if (shared > device.max_shared) return false;
   // About two packs to copy per thread.
   const unsigned threads = std::min<unsigned>(
