@@ -270,6 +270,7 @@ class PlaneBackward {
       if (p_.dweight != nullptr) p_.dweight[c] = static_cast<A>(dw);
     });
   }
+
   // Calls f(grad) with the gradient behind a ReLU as a function grad(tag, d, element from
   // `offset`), which also writes it to dresidual.
   template <typename F>
