@@ -189,7 +189,10 @@ void column_norm_fwd(const NormForward<T>& p) {
     row.config.view = pixel_as_row(v);
     return row_norm_fwd(row);
   }
-  if (is_plane(v)) return plane_norm_fwd(p);
+  // With nothing to sum, planes pay from 192 bytes on.
+  const bool frozen_plane = p.config.frozen && v.inner == v.reduce_inner &&
+                            v.inner * static_cast<int64_t>(sizeof(T)) >= 192;
+  if (is_plane(v) || frozen_plane) return plane_norm_fwd(p);
   Forward<T>(p).run();
 }
 

@@ -23,18 +23,20 @@ class PlaneForward {
 
  public:
   explicit PlaneForward(const NormForward<T>& p)
-      : p_(p), v_(p.config.view), t_(v_, p.config.frozen) {}
+      : p_(p),
+        v_(p.config.view),
+        t_(v_),
+        relu_(is_fused_relu(p)),
+        direct_(relu_ || !has_epilogue(p.config, p.residual)) {}
 
   void run() {
+    if (p_.config.frozen) return map_in_order();
     if (t_.resident) {
       return parallel_tasks(t_.statistics, t_.statistic_bytes(sizeof(T)),
                             [&](int64_t k) { visit(k); });
     }
-    if (t_.in_order) {
-      return t_.for_each_chunk_in_order(v_, sizeof(T), [&](int64_t k, int64_t i) { map(k, i); });
-    }
     t_.for_each_wave(sizeof(T), [&](int64_t begin, int64_t end) {
-      if (!p_.config.frozen) split_statistics(begin, end);
+      split_statistics(begin, end);
       t_.for_each_chunk(begin, end, sizeof(T), true, [&](int64_t k, int64_t i) { map(k, i); });
     });
   }
@@ -53,11 +55,9 @@ class PlaneForward {
   }
 
   void visit(int64_t statistic) {
-    if (!p_.config.frozen) {
-      Moments<double> total;
-      for (int64_t i = 0; i < t_.chunks; ++i) total.merge(chunk_moments(statistic, i));
-      finish_statistics(statistic, total);
-    }
+    Moments<double> total;
+    for (int64_t i = 0; i < t_.chunks; ++i) total.merge(chunk_moments(statistic, i));
+    finish_statistics(statistic, total);
     for (int64_t i = t_.chunks; i-- > 0;) map(statistic, i);
   }
 
@@ -104,41 +104,68 @@ class PlaneForward {
     p_.var[statistic] = static_cast<A>(m.m2 / m.count);
   }
 
+  PlaneMaps<A> maps_of(int64_t statistic) const {
+    return PlaneMaps<A>(p_.config, t_.per_channel, statistic, p_.mean, p_.var, p_.weight, p_.bias);
+  }
+
   void map(int64_t statistic, int64_t index) const {
-    const PlaneMaps<A> maps(p_.config, t_.per_channel, statistic, p_.mean, p_.var, p_.weight,
-                            p_.bias);
-    const bool epilogue = has_epilogue(p_.config, p_.residual), relu = is_fused_relu(p_);
-    const bool direct = !epilogue || relu;
-    alignas(64) A values[kPiece];
+    const PlaneMaps<A> maps = maps_of(statistic);
     PlaneChunk(v_, t_, statistic, index)
         .for_each_piece([&](const Stretches& at, int64_t plane, int64_t) {
           prefetch_statistic(p_.x, at, v_, t_);
-          at.for_each([&](int64_t offset, int64_t j) {
-            const ChannelMap<A> map = maps[plane++];
-            const T* x = p_.x + offset;
-            T* y = p_.y + offset;
-            const auto plain = [](auto, int64_t, auto v) { return v; };
-            if (!direct) {
-              map.normalize(x, values + j, at.length, plain);
-            } else if (!relu) {
-              map.normalize(x, y, at.length, plain);
-            } else if (p_.residual == nullptr) {
-              map.normalize(x, y, at.length,
-                            [](auto, int64_t, auto v) { return Relu::forward(v); });
-            } else {
-              map.normalize(x, y, at.length,
-                            [residual = p_.residual + offset](auto tag, int64_t i, auto v) {
-                              return Relu::forward(v + load(tag, residual + i));
-                            });
-            }
-          });
-          if (!direct) finish_forward(p_.config, at, values, p_.residual, p_.y);
+          map_piece(maps, at, plane);
         });
+  }
+
+  // Frozen statistics need one visit, which goes through memory in order.
+  void map_in_order() const {
+    std::vector<PlaneMaps<A>> maps;
+    for (int64_t k = 0; k < t_.statistics; ++k) maps.push_back(maps_of(k));
+    const int64_t rows = v_.numel() / v_.row_size(), step = std::min(t_.group, v_.kept);
+    const int64_t ranges = ceil_div(v_.kept, step), tasks = ranges * t_.parts;
+    const int64_t planes = v_.channels_per_kept();
+    parallel_tasks(rows * tasks, step * planes * t_.part * int64_t(sizeof(T)), [&](int64_t task) {
+      const int64_t row = task / tasks, first = task % tasks / t_.parts * step;
+      const int64_t begin = task % t_.parts * t_.part, end = std::min(begin + t_.part, t_.length);
+      const int64_t statistic = row / v_.reduce_outer * v_.kept;
+      for (int64_t k = first; k < std::min(first + step, v_.kept); ++k) {
+        for (int64_t plane = 0; plane < planes; ++plane) {
+          const int64_t offset = (row * v_.kept + k) * v_.reduce_inner + plane * t_.length;
+          for (int64_t i = begin; i < end; i += kPiece) {
+            map_piece(maps[statistic + k], {offset + i, std::min(kPiece, end - i)}, plane);
+          }
+        }
+      }
+    });
+  }
+
+  void map_piece(const PlaneMaps<A>& maps, const Stretches& at, int64_t plane) const {
+    alignas(64) A values[kPiece];
+    at.for_each([&](int64_t offset, int64_t j) {
+      const ChannelMap<A> map = maps[plane++];
+      const T* x = p_.x + offset;
+      T* y = p_.y + offset;
+      const auto plain = [](auto, int64_t, auto v) { return v; };
+      if (!direct_) {
+        map.normalize(x, values + j, at.length, plain);
+      } else if (!relu_) {
+        map.normalize(x, y, at.length, plain);
+      } else if (p_.residual == nullptr) {
+        map.normalize(x, y, at.length, [](auto, int64_t, auto v) { return Relu::forward(v); });
+      } else {
+        map.normalize(x, y, at.length,
+                      [residual = p_.residual + offset](auto tag, int64_t i, auto v) {
+                        return Relu::forward(v + load(tag, residual + i));
+                      });
+      }
+    });
+    if (!direct_) finish_forward(p_.config, at, values, p_.residual, p_.y);
   }
 
   const NormForward<T>& p_;
   const View& v_;
   const PlaneTiling t_;
+  const bool relu_, direct_;
 };
 
 template <typename T>

@@ -15,7 +15,7 @@ struct PlaneTiling {
   int64_t group, parts, part, chunks;          // a chunk: `group` planes, or a part of one
   bool resident, in_order;
 
-  explicit PlaneTiling(const View& v, bool frozen)
+  explicit PlaneTiling(const View& v, bool frozen = false)
       : statistics(v.statistics()),
         length(v.inner),
         planes(v.reduce_outer * v.channels_per_kept()),
