@@ -257,12 +257,12 @@ class PlaneBackward {
     return cache + c.first * t_.length + c.begin * (c.last - c.first);
   }
 
-  // sum(g) and sum(r g d) of `piece` of a channel of the statistic.
+  // sum(g) and sum(g d) of `piece` of a channel of the statistic.
   Sums& partial(int64_t statistic, int64_t channel, int64_t piece) const {
     return partial_[(statistic * t_.channels() + channel) * t_.pieces() + piece];
   }
 
-  // Merges the pieces of each channel into its first, which give c and e.
+  // Merges the pieces of each channel into its first, which holds sum(r g d) then; c and e.
   void finish_sums(int64_t statistic, PlaneMaps<A>& maps) const {
     double wg = 0, wgd = 0;
     for (int64_t c = 0; c < t_.channels(); ++c) {
@@ -271,6 +271,7 @@ class PlaneBackward {
         total.g += partial(statistic, c, i).g;
         total.gd += partial(statistic, c, i).gd;
       }
+      total.gd *= maps.rstd();
       wg += maps.weight(c) * total.g;
       wgd += maps.weight(c) * total.gd;
     }
@@ -343,26 +344,26 @@ class PlaneBackward {
   void chunk_sums(int64_t statistic, int64_t index, const PlaneMaps<A>& maps, A* cache) const {
     const PlaneChunk chunk(v_, t_, statistic, index);
     alignas(64) A grad[kPiece];
-    Sums sums;
-    const int64_t piece = t_.per_channel ? index % t_.parts : index;
-    const auto finish = [&](int64_t channel) {
-      partial(statistic, channel, piece) = {sums.g, sums.gd * maps.rstd()};
-      sums = {};
-    };
-    const auto add_sums = [&](const ChannelMap<A>& map, int64_t offset, int64_t n,
+    // A sum for every channel of the chunk.
+    const int64_t step = t_.per_channel ? t_.pieces() : 0;
+    Sums* const sums = &partial(statistic, t_.per_channel ? chunk.first : 0,
+                                t_.per_channel ? index % t_.parts : index);
+    sums[0] = {};
+    for (int64_t n = chunk.first; n < chunk.last; ++n) sums[(n - chunk.first) * step] = {};
+    const auto add_sums = [&](Sums& out, const ChannelMap<A>& map, int64_t offset, int64_t n,
                               auto&& gradient_at) {
       const T* x = p_.x + offset;
       const auto [g, gd] = wide_sum_and_dot<A>(n, [&](auto tag, int64_t i, auto& d) {
         d = load(tag, x + i) - map.mean;
         return gradient_at(tag, d, i);
       });
-      sums.g += g;
-      sums.gd += gd;
+      out.g += g;
+      out.gd += gd;
     };
-    const auto add_from = [&](const ChannelMap<A>& map, int64_t offset, int64_t n, const auto* g) {
-      add_sums(map, offset, n, [=](auto tag, auto, int64_t i) { return load(tag, g + i); });
+    const auto add_from = [&](Sums& out, const ChannelMap<A>& map, int64_t offset, int64_t n,
+                              const auto* g) {
+      add_sums(out, map, offset, n, [=](auto tag, auto, int64_t i) { return load(tag, g + i); });
     };
-    int64_t channel = chunk.first;
     chunk.for_each_piece([&](const Stretches& at, int64_t plane, int64_t first) {
       prefetch_next(p_.x, at);
       prefetch_next(p_.dy, at);
@@ -373,20 +374,20 @@ class PlaneBackward {
         g = out;
       }
       at.for_each([&](int64_t i, int64_t j) {
-        if (t_.per_channel && plane != channel) finish(channel);
-        channel = plane;
+        Sums& out = sums[(plane - chunk.first) * step];
         const ChannelMap<A> map = maps[plane++];
         if (relu_ && fused_dx_ == nullptr) {
-          with_relu_gradient(map, i, p_.dresidual,
-                             [&](auto gradient_at) { add_sums(map, i, at.length, gradient_at); });
+          with_relu_gradient(map, i, p_.dresidual, [&](auto gradient_at) {
+            add_sums(out, map, i, at.length, gradient_at);
+          });
         } else if (epilogue_) {
-          add_from(map, i, at.length, g + j);
+          add_from(out, map, i, at.length, g + j);
           if (fused_dx_ != nullptr) scale_to(g + j, map.scale, at.length, fused_dx_ + i);
         } else if (fused_dx_ == nullptr) {
-          add_from(map, i, at.length, p_.dy + i);
+          add_from(out, map, i, at.length, p_.dy + i);
         } else {
           add_sums(
-              map, i, at.length,
+              out, map, i, at.length,
               [scale = map.scale, dy = p_.dy + i, dx = fused_dx_ + i](auto tag, auto, int64_t k) {
                 const auto v = load(tag, dy + k);
                 store(tag, dx + k, v * scale);
@@ -395,7 +396,6 @@ class PlaneBackward {
         }
       });
     });
-    finish(t_.per_channel ? channel : 0);
   }
 
   void map(int64_t statistic, int64_t index, const PlaneMaps<A>& maps, const A* cache) const {
