@@ -112,8 +112,7 @@ class PlaneForward {
     const PlaneMaps<A> maps = maps_of(statistic);
     PlaneChunk(v_, t_, statistic, index)
         .for_each_piece([&](const Stretches& at, int64_t plane, int64_t) {
-          prefetch_statistic(p_.x, at, v_, t_);
-          map_piece(maps, at, plane);
+          map_piece(maps, at, plane, t_.ahead(sizeof(T)));
         });
   }
 
@@ -132,14 +131,15 @@ class PlaneForward {
         for (int64_t plane = 0; plane < planes; ++plane) {
           const int64_t offset = (row * v_.kept + k) * v_.reduce_inner + plane * t_.length;
           for (int64_t i = begin; i < end; i += kPiece) {
-            map_piece(maps[statistic + k], {offset + i, std::min(kPiece, end - i)}, plane);
+            map_piece(maps[statistic + k], {offset + i, std::min(kPiece, end - i)}, plane, 0);
           }
         }
       }
     });
   }
 
-  void map_piece(const PlaneMaps<A>& maps, const Stretches& at, int64_t plane) const {
+  void map_piece(const PlaneMaps<A>& maps, const Stretches& at, int64_t plane,
+                 int64_t ahead) const {
     alignas(64) A values[kPiece];
     at.for_each([&](int64_t offset, int64_t j) {
       const ChannelMap<A> map = maps[plane++];
@@ -147,13 +147,14 @@ class PlaneForward {
       T* y = p_.y + offset;
       const auto plain = [](auto, int64_t, auto v) { return v; };
       if (!direct_) {
-        map.normalize(x, values + j, at.length, plain);
+        map.normalize(x, ahead, values + j, at.length, plain);
       } else if (!relu_) {
-        map.normalize(x, y, at.length, plain);
+        map.normalize(x, ahead, y, at.length, plain);
       } else if (p_.residual == nullptr) {
-        map.normalize(x, y, at.length, [](auto, int64_t, auto v) { return Relu::forward(v); });
+        map.normalize(x, ahead, y, at.length,
+                      [](auto, int64_t, auto v) { return Relu::forward(v); });
       } else {
-        map.normalize(x, y, at.length,
+        map.normalize(x, ahead, y, at.length,
                       [residual = p_.residual + offset](auto tag, int64_t i, auto v) {
                         return Relu::forward(v + load(tag, residual + i));
                       });
@@ -328,7 +329,7 @@ class PlaneBackward {
     alignas(64) A pre[kPiece];
     if (p_.config.activation != Activation::None) {
       at.for_each([&](int64_t i, int64_t j) {
-        maps[plane++].normalize(p_.x + i, pre + j, at.length,
+        maps[plane++].normalize(p_.x + i, 0, pre + j, at.length,
                                 [](auto, int64_t, auto v) { return v; });
       });
     }
@@ -403,7 +404,10 @@ class PlaneBackward {
                               auto&& gradient_at) {
       const T* x = p_.x + offset;
       T* dx = p_.dx + offset;
+      const int64_t ahead = t_.ahead(2 * sizeof(T));
       for_each_wide<A>(n, [&](auto tag, int64_t i) {
+        prefetch(x + ahead + i);
+        if constexpr (sizeof(T) == 2) prefetch(p_.dy + offset + ahead + i);
         const auto v = load(tag, x + i);
         using V = std::remove_const_t<decltype(v)>;
         const V d = v - V(map.mean), g = gradient_at(tag, d, i);
@@ -419,8 +423,6 @@ class PlaneBackward {
     alignas(64) A grad[kPiece];
     PlaneChunk(v_, t_, statistic, index)
         .for_each_piece([&](const Stretches& at, int64_t plane, int64_t first) {
-          prefetch_statistic(p_.x, at, v_, t_);
-          prefetch_statistic(p_.dy, at, v_, t_);
           const A* g = cache != nullptr ? cache + first : grad;
           if (stored == nullptr && cache == nullptr && !fused_relu) {
             gradient(maps, at, plane, grad, dresidual);

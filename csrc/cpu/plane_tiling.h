@@ -30,6 +30,15 @@ struct PlaneTiling {
     resident = planes * length <= kResident && !in_order;
   }
 
+  // How far behind an element that of the next statistic lies, which is asked for while this one
+  // is written if both stay in L2: without it the memory idles (16x256x28x28 in float32, forward +
+  // backward: 1.6 times as fast as eager torch without, 1.9 with).
+  int64_t ahead(int64_t element_bytes) const {
+    constexpr int64_t kBytes = 128 * 1024;
+    if (statistic_bytes(element_bytes) > kBytes) return 0;
+    return per_channel ? planes * length : length;
+  }
+
   // Channels of a statistic, and the partial sums of each.
   int64_t channels() const { return per_channel ? planes : 1; }
   int64_t pieces() const { return per_channel ? parts : chunks; }
@@ -127,28 +136,16 @@ inline void prefetch_next(const T* x, const Stretches& at) {
   });
 }
 
-// Asks for the next statistic while this one is written, if both fit in L2: its planes follow
-// directly, and without it the memory idles (16x256x28x28 in float32, forward + backward: 1.6 times
-// as fast as eager torch without, 1.9 with).
-template <typename T>
-inline void prefetch_statistic(const T* x, const Stretches& at, const View& v,
-                               const PlaneTiling& t) {
-  constexpr int64_t kLine = 64 / sizeof(T), kBytes = 64 * 1024;
-  if (t.statistic_bytes(sizeof(T)) > kBytes) return;
-  at.for_each([&](int64_t i, int64_t) {
-    for (int64_t k = 0; k < at.length; k += kLine) prefetch(x + i + v.reduce_inner + k);
-  });
-}
-
 // y = (x - mean) scale + bias of a channel, and dx = scale g + c (x - mean) + e.
 template <typename A>
 struct ChannelMap {
   A mean = 0, scale = 1, bias = 0, c = 0, e = 0;
 
-  // out = finish(tag, i, (x - mean) scale + bias)
+  // out = finish(tag, i, (x - mean) scale + bias), while x is prefetched `ahead`
   template <typename T, typename O, typename F>
-  void normalize(const T* x, O* out, int64_t n, F&& finish) const {
+  void normalize(const T* x, int64_t ahead, O* out, int64_t n, F&& finish) const {
     for_each_wide<A>(n, [&](auto tag, int64_t i) {
+      prefetch(x + ahead + i);
       const auto v = load(tag, x + i);
       using V = std::remove_const_t<decltype(v)>;
       store(tag, out + i, finish(tag, i, norm(V(v - V(mean)))));
