@@ -176,6 +176,31 @@ inline bool has_backward_epilogue(const NormBackward<T>& p) {
          p.dresidual != nullptr;
 }
 
+// What a backward call has to do: a pass of sums, a map of gradients to dx, or both.
+template <typename T>
+class BackwardPasses {
+ protected:
+  explicit BackwardPasses(const NormBackward<T>& p)
+      : epilogue_(has_backward_epilogue(p)),
+        relu_(is_fused_relu(p) && (p.dresidual == nullptr || p.residual != nullptr)),
+        parameters_(p.dweight != nullptr || p.dbias != nullptr),
+        sums_(parameters_ || (p.dx != nullptr && !p.config.frozen)),
+        map_needed_(sums_ ? p.dx != nullptr && !p.config.frozen
+                          : p.dx != nullptr || p.dresidual != nullptr),
+        fused_dx_(sums_ && p.config.frozen ? p.dx : nullptr) {}
+
+  // Where the sums' pass leaves the gradient, so that the map need not work it out again. dx can
+  // hold it until the map where the two passes are `split`, and no cache does.
+  T* stored_gradient(const NormBackward<T>& p, bool split) const {
+    if (!sums_ || !map_needed_ || !epilogue_) return nullptr;
+    if (reads_back(p)) return p.dresidual;
+    return !relu_ && split && is_exact_enough<T>(p.config.view) ? p.dx : nullptr;
+  }
+
+  const bool epilogue_, relu_, parameters_, sums_, map_needed_;
+  T* const fused_dx_;  // dx, where frozen statistics let the sums' pass write it
+};
+
 // Whether rows that are `stride` apart lie in pages of their own. The hardware foresees one run per
 // page: rows within one are read singly, or asked for.
 template <typename T>

@@ -10,30 +10,20 @@ namespace fastnorm::cpu {
 namespace {
 
 template <typename T>
-class Backward {
+class Backward : BackwardPasses<T> {
   using A = acc_t<T>;
+  using Passes = BackwardPasses<T>;
+  using Passes::epilogue_, Passes::relu_, Passes::parameters_, Passes::sums_;
+  using Passes::map_needed_, Passes::fused_dx_;
 
  public:
   explicit Backward(const NormBackward<T>& p)
-      : p_(p),
+      : Passes(p),
+        p_(p),
         v_(p.config.view),
         t_(v_),
-        epilogue_(has_backward_epilogue(p)),
-        relu_(is_fused_relu(p) && (p.dresidual == nullptr || p.residual != nullptr)) {
-    parameters_ = p.dweight != nullptr || p.dbias != nullptr;
-    sums_ = parameters_ || (p.dx != nullptr && !p.config.frozen);
-    fused_dx_ = sums_ && p.config.frozen ? p.dx : nullptr;
-    map_needed_ =
-        sums_ ? p.dx != nullptr && fused_dx_ == nullptr : p.dx != nullptr || p.dresidual != nullptr;
-    // What has been worked out is read back, instead of worked out again.
-    if (sums_ && map_needed_ && epilogue_) {
-      stored_ = reads_back(p) ? p.dresidual : nullptr;
-      if (stored_ == nullptr && !relu_ && t_.visit == Visit::Split && is_exact_enough<T>(v_)) {
-        stored_ = p.dx;
-      }
-    }
-    chunked_ = epilogue_ && (!relu_ || fused_dx_ != nullptr);
-  }
+        chunked_(epilogue_ && (!relu_ || fused_dx_ != nullptr)),
+        stored_(Passes::stored_gradient(p, t_.visit == Visit::Split)) {}
 
   void run() {
     if (t_.visit == Visit::Samples) {
@@ -385,10 +375,8 @@ class Backward {
   const NormBackward<T>& p_;
   const View& v_;
   const Tiling t_;
-  const bool epilogue_, relu_;
-  bool parameters_, sums_, map_needed_, chunked_;
-  T* fused_dx_;          // dx, where frozen statistics let the sums' pass write it
-  T* stored_ = nullptr;  // where the sums' pass leaves the gradient for the map
+  const bool chunked_;
+  T* const stored_;
   std::unique_ptr<double[]> parameter_sums_;  // [block][db, dw][channels]
 };
 

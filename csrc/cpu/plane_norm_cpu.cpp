@@ -170,30 +170,22 @@ class PlaneForward {
 };
 
 template <typename T>
-class PlaneBackward {
+class PlaneBackward : BackwardPasses<T> {
   using A = acc_t<T>;
+  using Passes = BackwardPasses<T>;
+  using Passes::epilogue_, Passes::relu_, Passes::parameters_, Passes::sums_;
+  using Passes::map_needed_, Passes::fused_dx_;
   struct Sums {
     double g = 0, gd = 0;
   };
 
  public:
   explicit PlaneBackward(const NormBackward<T>& p)
-      : p_(p),
+      : Passes(p),
+        p_(p),
         v_(p.config.view),
         t_(v_, p.config.frozen),
-        epilogue_(has_backward_epilogue(p)),
-        relu_(is_fused_relu(p) && (p.dresidual == nullptr || p.residual != nullptr)) {
-    parameters_ = p.dweight != nullptr || p.dbias != nullptr;
-    sums_ = parameters_ || (p.dx != nullptr && !p.config.frozen);
-    fused_dx_ = sums_ && p.config.frozen ? p.dx : nullptr;
-    map_needed_ =
-        sums_ ? p.dx != nullptr && fused_dx_ == nullptr : p.dx != nullptr || p.dresidual != nullptr;
-    // What has been worked out is read back, instead of worked out again.
-    if (sums_ && map_needed_ && epilogue_) {
-      stored_ = reads_back(p) ? p.dresidual : nullptr;
-      if (stored_ == nullptr && !relu_ && !t_.resident && is_exact_enough<T>(v_)) stored_ = p.dx;
-    }
-  }
+        stored_(Passes::stored_gradient(p, !t_.resident)) {}
 
   void run() {
     if (sums_) partial_ = uninitialized<Sums>(t_.statistics * t_.channels() * t_.pieces());
@@ -446,10 +438,7 @@ class PlaneBackward {
   const NormBackward<T>& p_;
   const View& v_;
   const PlaneTiling t_;
-  const bool epilogue_, relu_;
-  bool parameters_, sums_, map_needed_;
-  T* fused_dx_;                      // dx, where frozen statistics let the sums' pass write it
-  T* stored_ = nullptr;              // where the sums' pass leaves the gradient for the map
+  T* const stored_;
   std::unique_ptr<Sums[]> partial_;  // [statistic][channel][piece]
 };
 
