@@ -406,9 +406,9 @@ def backward_thresholds(dtype: torch.dtype) -> list[int]:
     items = (4 if dtype == torch.float64 else 16) // v
     single = 4 if dtype == torch.float64 else 8
     sizes = {1, 2, 3, 31, 33, 65, 127, 1021}
-    for edge in (v, items * v, 8 * items * v, 32 * items * v, 64 * items * v, 384 * items * v):
+    for edge in (v, items * v, 8 * items * v, 32 * items * v, 64 * items * v, 512 * items * v):
         sizes |= {edge - 1, edge, edge + 1, edge + v}
-    for edge in (32 * single, 384 * single):
+    for edge in (32 * single, 512 * single):
         sizes |= {edge - 1, edge + 1}
     return sorted(sizes - {0})
 
@@ -427,12 +427,18 @@ def test_backward_of_every_row_length(
 
 
 @pytest.mark.parametrize(
-    ("size", "rows"), [(8, 9000), (100, 2500), (512, 2200), (2304, 300), (2305, 300)]
+    ("size", "rows"), [(8, 9000), (100, 2500), (512, 2200), (2304, 700), (2305, 300)]
 )
 def test_backward_of_many_rows(lib: driver.Library, size: int, rows: int) -> None:
     """More rows than one turn of the persistent blocks."""
     norm = norms.Norm(norms.row_view(rows, size))
     check_backward(lib, norm, torch.float32)
+
+
+def test_backward_of_65536_columns_reads_them_once(lib: driver.Library) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        check_backward(lib, norms.Norm(norms.row_view(2, 65536)), dtype)
+        assert norms.launched(lib) == "row_norm_bwd, cluster; add_partial_rows"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,13 +8,17 @@
 //
 // Blocks are persistent: block b of G takes rows b, b + G, ..., and keeps its dweight and dbias in
 // registers, the columns of a thread being the same in every row. While a row is reduced the next
-// one is on its way: each thread copies its own packs to its own place in shared memory, so no
-// barrier is needed, and reads them from there in both passes, which keeps the registers for the
-// sums. At the end every block stores one partial row, and a second kernel adds the partial rows
-// in a fixed order. G depends on N, and is at most what the rows ask for: dweight depends on the
-// number of rows, dx doesn't. Bytes: 3 E b (with dsum 4 E b), and 16 G N for the partial rows,
-// which stay in L2. The last block to finish could add them without a second kernel, but alone: at
-// N = 8192 one multiprocessor would read the 8.7 MB that now all of them share.
+// ones are on their way: each thread copies its own packs to its own place in shared memory, so no
+// barrier is needed, and reads them from there in both passes; g is worked out twice, which keeps
+// the registers for the sums. At the end every block stores one partial row, and a second kernel
+// adds the partial rows in a fixed order. G depends on N, and is at most what the rows ask for:
+// dweight depends on the number of rows, dx doesn't. Bytes: 3 E b (with dsum 4 E b), and 16 G N for
+// the partial rows, which stay in L2. The last block to finish could add them without a second
+// kernel, but alone: at N = 8192 one multiprocessor would read the 8.7 MB that now all share.
+//
+// A multiprocessor needs about 24 KB under way to have its share of 4 TB/s at a microsecond of
+// latency. The blocks of one read 4096 to 8192 columns at a time: 16 to 32 KB of bfloat16 x and dy,
+// of which a second stage alone would leave half under way on average, so there are four.
 //
 // Rows that no cluster can hold are read twice, and add to their block's partial row in memory.
 // Where the channel isn't the column (group and instance norm) a kernel of its own adds up dweight
@@ -25,18 +29,20 @@
 
 namespace fastnorm::cuda {
 
-inline constexpr int kBackwardThreads = 384;  // 512 would leave 128 registers: too few
+inline constexpr int kBackwardThreads = 512;
+inline constexpr size_t kStageBytes = 128 * 1024;  // of four stages, on one multiprocessor
 
-// Packs of a row that a thread owns: its elements have three registers each (dweight, dbias, g),
-// twice as many for double. Without packs the code of an element isn't shared with its neighbours,
-// so there are fewer.
+// Packs of a row that a thread owns: its elements have two registers each (dweight, dbias), twice
+// as many for double. Without packs the code of an element isn't shared with its neighbours, so
+// there are fewer.
 template <typename T, int width>
 inline constexpr int kBackwardItems =
     width == 1 ? (sizeof(T) == 8 ? 4 : 8) : (sizeof(T) == 8 ? 4 : 16) / width;
 
 struct BackwardShape {
   RowShape row;
-  int stages;      // rows in shared memory per block: this one and, if 2, the next
+  int stages;      // rows in shared memory per block, this one and the next: 1, 2 or 4
+  int tensors;     // of a stage: x and dy, and dsum or residual
   int64_t groups;  // G: partial rows
 };
 
@@ -65,20 +71,32 @@ FASTNORM_DEVICE void store_gradients(const NormBackward<T>& p, const Accumulate<
   if (p.dx != nullptr) store(p.dx + index, narrow<T>(dx));
 }
 
-// The thread's packs of x, dy and a third tensor, in shared memory, twice where stages is 2.
+// The thread's packs of x, dy and a third tensor in shared memory, for every stage.
 template <typename T, int width, int items>
 struct Staging {
   T* mine;
   int distance;  // elements between two packs of a thread
+  int tensors;
 
   FASTNORM_DEVICE T* at(int stage, int tensor, int i) const {
-    return mine + ((stage * 3 + tensor) * items + i) * distance;
+    return mine + ((stage * tensors + tensor) * items + i) * distance;
   }
 };
 
+// Until the oldest of `stages` groups of copies is there.
+FASTNORM_DEVICE void wait_for_stage(int stages) {
+  if (stages == 4) {
+    copy_async_wait<3>();
+  } else if (stages == 2) {
+    copy_async_wait<1>();
+  } else {
+    copy_async_wait<0>();
+  }
+}
+
 template <typename T, int width>
-__global__ __launch_bounds__(kBackwardThreads) void row_norm_bwd_kernel(NormBackward<T> p,
-                                                                        BackwardShape shape) {
+__global__ __launch_bounds__(kBackwardThreads, 1) void row_norm_bwd_kernel(NormBackward<T> p,
+                                                                           BackwardShape shape) {
   using A = Accumulate<T>;
   constexpr int items = kBackwardItems<T, width>;
   const int64_t size = p.config.view.reduce_inner;
@@ -86,7 +104,7 @@ __global__ __launch_bounds__(kBackwardThreads) void row_norm_bwd_kernel(NormBack
   if (shape.row.cluster > 1) cluster_arrive();
   const Staging<T, width, items> staging{
       reinterpret_cast<T*>(scratch + 2 * kRowScratch) + threadIdx.x * width,
-      static_cast<int>(blockDim.x) * width};
+      static_cast<int>(blockDim.x) * width, shape.tensors};
   RowThread t = RowThread::of(p.config.view.statistics(), shape.row);
   const int rows_per_block = static_cast<int>(blockDim.x) / shape.row.lanes;
   const int64_t jump = shape.groups * rows_per_block;
@@ -95,7 +113,6 @@ __global__ __launch_bounds__(kBackwardThreads) void row_norm_bwd_kernel(NormBack
   const bool by_column = p.config.view.inner == 1 && p.config.view.kept == 1;
   const bool sums = by_column && (p.dweight != nullptr || p.dbias != nullptr);
   const T* third = p.config.prologue ? p.dsum : p.residual;
-  const Drop<A> drop = Drop<A>::of(p.config.dropout);
 
   const auto fetch_row = [&](int64_t row, int stage) {
     if (row >= t.rows) return;
@@ -116,67 +133,69 @@ __global__ __launch_bounds__(kBackwardThreads) void row_norm_bwd_kernel(NormBack
 #pragma unroll
     for (int e = 0; e < width; ++e) dweight[i][e] = dbias[i][e] = A(0);
   }
-  if (shape.stages == 2) fetch_row(t.row, 0);
-  copy_async_commit();
+  const int ahead = shape.stages - 1;
+  for (int stage = 0; stage < ahead; ++stage) {
+    fetch_row(t.row + stage * jump, stage);
+    copy_async_commit();
+  }
   if (shape.row.cluster > 1) cluster_wait();
 
   // All rows of a block take part in its reductions until the last of them is done.
   const int64_t in_block = rows_per_block == 1 ? 0 : threadIdx.x / shape.row.lanes;
-  int turn = 0;
-  for (; t.row - in_block < t.rows; t.row += jump, turn ^= 1) {
-    const int stage = shape.stages == 2 ? turn : 0;
-    if (shape.stages == 2) {
-      fetch_row(t.row + jump, stage ^ 1);
-      copy_async_commit();
-    } else {
-      fetch_row(t.row, 0);
-      copy_async_commit();
-      copy_async_wait<0>();
-    }
-    const int here = t.row < t.rows ? packs : 0;
+  for (int turn = 0; t.row - in_block < t.rows; t.row += jump, ++turn) {
+    fetch_row(t.row + ahead * jump, (turn + ahead) & ahead);
+    copy_async_commit();
+    const int stage = turn & ahead, here = t.row < t.rows ? packs : 0;
     A mean = 0, rstd = 0;
     if (here > 0) load_statistics(p, t.row, mean, rstd);
     const Channels channels = Channels::of_row(p.config.view, t.row);
-    copy_async_wait<1>();
-
-    A sum[2] = {0, 0}, g[items][width];
-#pragma unroll
-    for (int i = 0; i < items; ++i) {
-      const int k = t.lane + i * t.step;
-      if (k >= here) continue;
-      const int64_t column = k * int64_t{width}, index = t.row * size + column;
+    const auto gradient = [&](int i, A(&weight)[width], A(&xhat)[width], A(&h)[width]) {
+      const int64_t column = (t.lane + i * t.step) * int64_t{width};
       Pack<T, width> dy{}, residual{};
       if (p.dy != nullptr) dy = shared_load<width>(staging.at(stage, 1, i));
       if (p.residual != nullptr) residual = shared_load<width>(staging.at(stage, 2, i));
-      A weight[width], xhat[width], h[width];
       load_weight<T>(p, channels, column, weight);
+      const Drop<A> drop = Drop<A>::of(p.config.dropout);
       gradient_of_pack<true>(p, shared_load<width>(staging.at(stage, 0, i)), dy, residual, weight,
-                             channels, column, mean, rstd, drop, index, xhat, h);
-#pragma unroll
-      for (int e = 0; e < width; ++e) {
-        g[i][e] = h[e] * weight[e];
-        sum[0] += g[i][e];
-        sum[1] += g[i][e] * xhat[e];
-        dweight[i][e] += h[e] * xhat[e];
-        dbias[i][e] += h[e];
-      }
-      if (!p.config.prologue && p.dresidual != nullptr) store(p.dresidual + index, narrow<T>(h));
-    }
-    row_sum(sum, shape.row, scratch + turn * kRowScratch);
-    const A mean_g = centered ? sum[0] / static_cast<A>(size) : A(0);
-    const A mean_gx = sum[1] / static_cast<A>(size);
-    if (p.dx == nullptr && (!p.config.prologue || p.dresidual == nullptr)) continue;
+                             channels, column, mean, rstd, drop, t.row * size + column, xhat, h);
+    };
+    wait_for_stage(shape.stages);
+
+    A sum[2] = {0, 0};
 #pragma unroll
     for (int i = 0; i < items; ++i) {
       const int k = t.lane + i * t.step;
       if (k >= here) continue;
-      A xhat[width];
-      widen(shared_load<width>(staging.at(stage, 0, i)), xhat);
+      A weight[width], xhat[width], h[width];
+      gradient(i, weight, xhat, h);
 #pragma unroll
-      for (int e = 0; e < width; ++e) xhat[e] = (xhat[e] - mean) * rstd;
+      for (int e = 0; e < width; ++e) {
+        const A g = h[e] * weight[e];
+        sum[0] += g;
+        sum[1] += g * xhat[e];
+        dweight[i][e] += h[e] * xhat[e];
+        dbias[i][e] += h[e];
+      }
+      if (!p.config.prologue && p.dresidual != nullptr) {
+        store(p.dresidual + t.row * size + k * int64_t{width}, narrow<T>(h));
+      }
+    }
+    row_sum(sum, shape.row, scratch + turn % 2 * kRowScratch);
+    const A mean_g = centered ? sum[0] / static_cast<A>(size) : A(0);
+    const A mean_gx = sum[1] / static_cast<A>(size);
+    if (p.dx == nullptr && (!p.config.prologue || p.dresidual == nullptr)) continue;
+#pragma unroll 1
+    for (int i = 0; i < items; ++i) {
+      const int k = t.lane + i * t.step;
+      if (k >= here) continue;
+      A weight[width], xhat[width], h[width];
+      gradient(i, weight, xhat, h);
+#pragma unroll
+      for (int e = 0; e < width; ++e) h[e] *= weight[e];
       Pack<T, width> extra{};
+      const Drop<A> drop = Drop<A>::of(p.config.dropout);
       if (p.dsum != nullptr) extra = shared_load<width>(staging.at(stage, 2, i));
-      store_gradients(p, xhat, g[i], extra, mean_g, mean_gx, rstd, drop,
+      store_gradients(p, xhat, h, extra, mean_g, mean_gx, rstd, drop,
                       t.row * size + k * int64_t{width});
     }
   }
@@ -325,7 +344,8 @@ BackwardShape row_norm_bwd_of_width(const NormBackward<T>& p, const DeviceLimits
     lanes = static_cast<int>(threads);
   }
   const int64_t per_block = threads / lanes;
-  BackwardShape shape{{lanes, static_cast<int>(cluster)}, 2, 0};
+  const bool third = (p.config.prologue ? p.dsum : p.residual) != nullptr;
+  BackwardShape shape{{lanes, static_cast<int>(cluster)}, 4, third ? 3 : 2, 0};
   shape.groups = std::min((rows + per_block - 1) / per_block,
                           std::max<int64_t>(1, partial_rows(size) / cluster));
   const unsigned grid = static_cast<unsigned>(shape.groups) * cluster;
@@ -335,7 +355,10 @@ BackwardShape row_norm_bwd_of_width(const NormBackward<T>& p, const DeviceLimits
            row_norm_bwd_streaming_kernel<T, width>, p, shape);
     return shape;
   }
-  const size_t stage = size_t{3} * kItems * threads * width * sizeof(T);
+  const size_t stage = size_t(shape.tensors) * kItems * threads * width * sizeof(T);
+  const size_t blocks = (shape.groups * cluster + kProcessors - 1) / kProcessors;
+  const bool four = blocks * 4 * stage <= kStageBytes && scratch + 4 * stage <= device.max_shared;
+  if (!four) shape.stages = 2;
   if (scratch + 2 * stage > device.max_shared) shape.stages = 1;
   // The block's own rows of sums take the place of the stages at the end.
   const size_t own_rows = per_block == 1 ? 0 : static_cast<size_t>(per_block * size) * sizeof(A);
