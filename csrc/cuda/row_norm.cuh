@@ -7,10 +7,12 @@
 //   value is normalized, so that the backward pass finds what the forward pass used.
 //
 // Resident: the row is read once, all loads before the first sum, and the variance is a second
-// pass over what is on chip: registers (`items` packs of `width` elements per thread), or shared
-// memory for the longest rows. By row length alone, a row gets a part of a warp, a warp, a block,
-// or a cluster whose blocks add their sums through distributed shared memory. Bytes of DRAM: one
-// read of x (and residual), one write of y (and s): 2 E b, with the prologue 4 E b.
+// pass over what is on chip: the registers of a warp or a part of one (`items` packs of `width`
+// elements per thread), or, for longer rows, the shared memory of a block or of a cluster whose
+// blocks add their sums through distributed shared memory. Asynchronous copies bring a row there
+// without registers: 64 of them a thread leave room for 32 warps, with 64 KB and more under way,
+// where the row in registers had 16 warps in one block, which can't load while it reduces. Bytes of
+// DRAM: one read of x (and residual), one write of y (and s): 2 E b, with the prologue 4 E b.
 //
 // Streaming: rows that no cluster can hold are read twice. Each thread keeps count, mean and
 // squared deviations of its elements, chunk by chunk, and the threads' moments are merged at the
@@ -83,14 +85,13 @@ FASTNORM_DEVICE void load_affine(const Parameter& weight, const Parameter& bias,
   }
 }
 
-// The 1 keeps ptxas from spilling a register or two for a second block that it thinks might fit.
-template <typename T, int width, int items, int threads>
-__global__ __launch_bounds__(threads, 1) void row_norm_fwd_kernel(NormForward<T> p,
-                                                                  RowShape shape) {
+// Rows of a warp or less, in registers. The 1 keeps ptxas from spilling a register or two for one
+// more block that it thinks might fit.
+template <typename T, int width, int items>
+__global__ __launch_bounds__(kSmallThreads, 1) void row_norm_fwd_kernel(NormForward<T> p,
+                                                                        RowShape shape) {
   using A = Accumulate<T>;
   const int64_t size = p.config.view.reduce_inner;
-  A* scratch = reinterpret_cast<A*>(dynamic_shared());
-  if (shape.cluster > 1) cluster_arrive();
   const RowThread t = RowThread::of(p.config.view.statistics(), shape);
   const int64_t base = t.row * size;
   const int packs = t.row < t.rows ? static_cast<int>(size / width) : 0;
@@ -98,25 +99,29 @@ __global__ __launch_bounds__(threads, 1) void row_norm_fwd_kernel(NormForward<T>
   const Drop<A> drop = Drop<A>::of(p.config.dropout);
   const Channels channels = Channels::of_row(p.config.view, t.row);
 
-  // Registers allow the residual and the parameters to be on their way during the sums only for
-  // short rows; longer ones read them at the end, when other blocks hide the latency.
+  // Registers allow the parameters to be on their way during the sums only for short rows; longer
+  // ones read them at the end, when other blocks hide the latency.
   constexpr bool kEarly = items * width * sizeof(A) <= 64;
-  Pack<T, width> x[items], residual[kEarly ? items : 1] = {};
+  Pack<T, width> x[items], residual[items];
   A weight[kEarly ? items : 1][width], bias[kEarly ? items : 1][width];
 #pragma unroll
   for (int i = 0; i < items; ++i) {
     const int k = t.lane + i * t.step;
-    x[i] = Pack<T, width>{};
+    x[i] = residual[i] = Pack<T, width>{};
     if (k < packs) x[i] = load_streaming<width>(p.x + base + k * int64_t{width});
+  }
+  if (p.residual != nullptr) {
+#pragma unroll
+    for (int i = 0; i < items; ++i) {
+      const int k = t.lane + i * t.step;
+      if (k < packs) residual[i] = load_streaming<width>(p.residual + base + k * int64_t{width});
+    }
   }
   if constexpr (kEarly) {
 #pragma unroll
     for (int i = 0; i < items; ++i) {
       const int k = t.lane + i * t.step;
       if (k >= packs) continue;
-      if (p.residual != nullptr) {
-        residual[i] = load_streaming<width>(p.residual + base + k * int64_t{width});
-      }
       load_affine<T>(p.weight, p.bias, p.config.weight_offset, channels, k * int64_t{width},
                      weight[i], bias[i]);
     }
@@ -127,13 +132,11 @@ __global__ __launch_bounds__(threads, 1) void row_norm_fwd_kernel(NormForward<T>
       const int k = t.lane + i * t.step;
       if (k >= packs) continue;
       const int64_t index = base + k * int64_t{width};
-      if constexpr (!kEarly) residual[0] = load_streaming<width>(p.residual + index);
-      x[i] = add_dropped(x[i], residual[kEarly ? i : 0], drop, index);
+      x[i] = add_dropped(x[i], residual[i], drop, index);
       store(p.sum + index, x[i]);
     }
   }
 
-  if (shape.cluster > 1) cluster_wait();
   A mean = 0;
   if (centered) {
     A sum[1] = {0};
@@ -142,7 +145,7 @@ __global__ __launch_bounds__(threads, 1) void row_norm_fwd_kernel(NormForward<T>
 #pragma unroll
       for (int e = 0; e < width; ++e) sum[0] += widen(x[i].v[e]);
     }
-    row_sum(sum, shape, scratch);
+    warp_sum(sum, shape.lanes);
     mean = sum[0] / static_cast<A>(size);
   }
   A squares[1] = {0};
@@ -156,7 +159,7 @@ __global__ __launch_bounds__(threads, 1) void row_norm_fwd_kernel(NormForward<T>
       }
     }
   }
-  row_sum(squares, shape, scratch + kMaxWarps + kMaxCluster);
+  warp_sum(squares, shape.lanes);
   const A var = squares[0] / static_cast<A>(size);
   if (t.first && packs > 0) {
     if (centered) store(p.mean + t.row, mean);
@@ -169,24 +172,21 @@ __global__ __launch_bounds__(threads, 1) void row_norm_fwd_kernel(NormForward<T>
     const int k = t.lane + i * t.step;
     if (k >= packs) continue;
     const int64_t index = base + k * int64_t{width};
-    constexpr int kOne = 0;
+    const int slot = kEarly ? i : 0;
     if constexpr (!kEarly) {
-      if (p.residual != nullptr && !p.config.prologue) {
-        residual[kOne] = load_streaming<width>(p.residual + index);
-      }
       load_affine<T>(p.weight, p.bias, p.config.weight_offset, channels, k * int64_t{width},
-                     weight[kOne], bias[kOne]);
+                     weight[slot], bias[slot]);
     }
-    const int slot = kEarly ? i : kOne;
     store(p.y + index, normalize_pack(p, x[i], mean, rstd, weight[slot], bias[slot],
-                                      p.residual != nullptr, residual[slot], drop, index));
+                                      p.residual != nullptr, residual[i], drop, index));
   }
 }
 
-// The same with the block's part of the row in shared memory, where each thread keeps its packs.
+// Rows of a block or a cluster, in shared memory, where each thread copies its own packs and keeps
+// them.
 template <typename T, int width>
-__global__ __launch_bounds__(kRowThreads, 1) void row_norm_fwd_staged_kernel(NormForward<T> p,
-                                                                             RowShape shape) {
+__global__ __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 1 : 2) void row_norm_fwd_staged_kernel(
+    NormForward<T> p, RowShape shape) {
   using A = Accumulate<T>;
   const int64_t size = p.config.view.reduce_inner;
   A* scratch = reinterpret_cast<A*>(dynamic_shared());
@@ -198,25 +198,41 @@ __global__ __launch_bounds__(kRowThreads, 1) void row_norm_fwd_staged_kernel(Nor
   const int64_t base = t.row * size;
   const int packs = static_cast<int>(size / width);
   const int items = t.lane < packs ? (packs - t.lane + t.step - 1) / t.step : 0;
+  T* residuals = stage + (packs + t.step - 1) / t.step * distance;
   const bool centered = p.config.statistic == Statistic::MeanVar;
   const Drop<A> drop = Drop<A>::of(p.config.dropout);
   const Channels channels = Channels::of_row(p.config.view, t.row);
   const int64_t first = base + int64_t{t.lane} * width, stride = int64_t{t.step} * width;
 
-  A sum[1] = {0};
 #pragma unroll 4
   for (int i = 0; i < items; ++i) {
-    const int64_t index = first + i * stride;
-    Pack<T, width> x = load_streaming<width>(p.x + index);
-    if (p.config.prologue) {
-      x = add_dropped(x, load_streaming<width>(p.residual + index), drop, index);
-      store(p.sum + index, x);
-    }
-    shared_store(stage + i * distance, x);
-#pragma unroll
-    for (int e = 0; e < width; ++e) sum[0] += widen(x.v[e]);
+    fetch_async<width>(stage + i * distance, p.x + first + i * stride);
   }
+  if (p.residual != nullptr) {
+#pragma unroll 4
+    for (int i = 0; i < items; ++i) {
+      fetch_async<width>(residuals + i * distance, p.residual + first + i * stride);
+    }
+  }
+  copy_async_commit();
   if (shape.cluster > 1) cluster_wait();
+  copy_async_wait<0>();
+
+  A sum[1] = {0};
+  if (centered || p.config.prologue) {
+#pragma unroll 2
+    for (int i = 0; i < items; ++i) {
+      Pack<T, width> x = shared_load<width>(stage + i * distance);
+      if (p.config.prologue) {
+        const int64_t index = first + i * stride;
+        x = add_dropped(x, shared_load<width>(residuals + i * distance), drop, index);
+        store(p.sum + index, x);
+        shared_store(stage + i * distance, x);
+      }
+#pragma unroll
+      for (int e = 0; e < width; ++e) sum[0] += widen(x.v[e]);
+    }
+  }
   A mean = 0;
   if (centered) {
     row_sum(sum, shape, scratch);
@@ -246,7 +262,7 @@ __global__ __launch_bounds__(kRowThreads, 1) void row_norm_fwd_staged_kernel(Nor
     A weight[width], bias[width];
     load_affine<T>(p.weight, p.bias, p.config.weight_offset, channels, index - base, weight, bias);
     Pack<T, width> residual{};
-    if (add) residual = load_streaming<width>(p.residual + index);
+    if (add) residual = shared_load<width>(residuals + i * distance);
     store(p.y + index, normalize_pack(p, shared_load<width>(stage + i * distance), mean, rstd,
                                       weight, bias, add, residual, drop, index));
   }
@@ -348,7 +364,6 @@ void row_norm_fwd_of_width(const NormForward<T>& p, const DeviceLimits& device, 
   constexpr bool kPacks = width > 1;
   constexpr int kShort = kPacks ? 1 : kShortItems;
   constexpr size_t kScratchBytes = kRowScratch * sizeof(Accumulate<T>);
-  constexpr int64_t kBlock = int64_t{kRowThreads} * kRowItems;  // packs in registers
   const int64_t rows = p.config.view.statistics();
   const int64_t packs = p.config.view.reduce_inner / width;
   const unsigned widest = device.clusters ? kRowCluster : 1;
@@ -356,40 +371,32 @@ void row_norm_fwd_of_width(const NormForward<T>& p, const DeviceLimits& device, 
   if (packs <= 32 * kShort) {
     const int lanes = lanes_for((packs + kShort - 1) / kShort);
     launch("row_norm_fwd, part of a warp", launch_of_warps(rows, lanes),
-           row_norm_fwd_kernel<T, width, kShort, kSmallThreads>, p, RowShape{lanes, 1});
+           row_norm_fwd_kernel<T, width, kShort>, p, RowShape{lanes, 1});
     return;
   }
   if constexpr (kPacks) {
     if (packs <= 32 * kRowItems) {
       launch("row_norm_fwd, warp", launch_of_warps(rows, 32),
-             row_norm_fwd_kernel<T, width, kRowItems, kRowThreads>, p, RowShape{32, 1});
-      return;
-    }
-    if (packs <= widest * kBlock) {
-      unsigned cluster = 1;
-      while (packs > cluster * kBlock) cluster *= 2;
-      const unsigned threads = threads_for((packs + cluster - 1) / cluster, kRowItems);
-      launch(cluster == 1 ? "row_norm_fwd, block" : "row_norm_fwd, cluster",
-             LaunchShape{static_cast<unsigned>(rows) * cluster, threads, kScratchBytes, cluster},
-             row_norm_fwd_kernel<T, width, kRowItems, kRowThreads>, p,
-             RowShape{static_cast<int>(threads), static_cast<int>(cluster)});
+             row_norm_fwd_kernel<T, width, kRowItems>, p, RowShape{32, 1});
       return;
     }
   }
-  // A block's part of the row should leave room for a second block on the multiprocessor.
+  // A block's part of the row should leave room for more blocks on the multiprocessor.
   constexpr int64_t kComfortable = 32 * 1024 / static_cast<int64_t>(sizeof(T) * width);
   unsigned cluster = 1;
   while (packs > cluster * kComfortable && cluster < widest) cluster *= 2;
   const int64_t per_block = (packs + cluster - 1) / cluster;
   const unsigned threads =
       std::min<unsigned>(kRowThreads, std::max(64u, threads_for(per_block, 8)));
+  const size_t tensors = p.residual != nullptr ? 2 : 1;
   const size_t shared = kScratchBytes + static_cast<size_t>((per_block + threads - 1) / threads) *
-                                            threads * sizeof(T) * width;
+                                            threads * tensors * sizeof(T) * width;
   const RowShape shape{static_cast<int>(threads), static_cast<int>(cluster)};
   const unsigned grid = static_cast<unsigned>(rows) * cluster;
   if (shared <= device.max_shared) {
-    launch("row_norm_fwd, staged", LaunchShape{grid, threads, shared, cluster},
-           row_norm_fwd_staged_kernel<T, width>, p, shape);
+    launch(cluster > 1 ? "row_norm_fwd, cluster" : "row_norm_fwd, block",
+           LaunchShape{grid, threads, shared, cluster}, row_norm_fwd_staged_kernel<T, width>, p,
+           shape);
   } else {
     launch("row_norm_fwd, streaming", LaunchShape{grid, threads, kScratchBytes, cluster},
            row_norm_fwd_streaming_kernel<T, width>, p, shape);

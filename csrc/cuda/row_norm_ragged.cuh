@@ -13,7 +13,7 @@
 namespace fastnorm::cuda {
 
 template <typename T>
-__global__ __launch_bounds__(kRowThreads, 1) void row_norm_fwd_ragged_kernel(NormForward<T> p,
+__global__ __launch_bounds__(kRowThreads, 2) void row_norm_fwd_ragged_kernel(NormForward<T> p,
                                                                              RowShape shape,
                                                                              int per_block) {
   using A = Accumulate<T>;
