@@ -64,6 +64,17 @@ def test_store_into_an_input(lib: driver.Library) -> None:
         lib.call("past_end", y, 32)
 
 
+@pytest.mark.parametrize("store_first", [True, False])
+def test_read_only_cache_and_stores_of_one_launch(lib: driver.Library, store_first: bool) -> None:
+    y = np.ones(32, np.float32)
+    with lib.buffers({}, {"y": y}):
+        lib.call("update", y, store_first, False)
+        assert (y == 2).all()
+        done = "loads byte 0 of 'y', which" if store_first else "stores byte 0 of 'y', which"
+        with pytest.raises(driver.SimtError, match=done):
+            lib.call("update", y, store_first, True)
+
+
 def test_misaligned_vector_load(lib: driver.Library) -> None:
     x = np.zeros(8, np.float32)
     with pytest.raises(driver.SimtError, match="loads 16 bytes at an address that is only 4-byte"):

@@ -7,7 +7,7 @@ namespace fastnorm::cuda {
 template <typename T>
 void launch_column_norm_bwd(const NormBackward<T>& p, const DeviceLimits& device,
                             cudaStream_t stream) {
-  column_geometry_bwd(p, device, StreamLaunch{stream});
+  column_geometry_bwd(p, device, StreamLaunch{stream, device.max_shared});
 }
 
 template <typename T>

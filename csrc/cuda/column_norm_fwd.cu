@@ -11,7 +11,7 @@ size_t column_norm_fwd_workspace(const View& view, size_t element_size) {
 template <typename T>
 void launch_column_norm_fwd(const NormForward<T>& p, const DeviceLimits& device,
                             cudaStream_t stream) {
-  column_geometry_fwd(p, device, StreamLaunch{stream});
+  column_geometry_fwd(p, device, StreamLaunch{stream, device.max_shared});
 }
 
 #define FASTNORM_INSTANTIATE(T) \

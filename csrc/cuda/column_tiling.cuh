@@ -49,14 +49,15 @@ struct Span {
   FASTNORM_DEVICE bool has(int e) const { return whole || (e >= low && e < high); }
 };
 
-// `again`: the tensor is read once more after this launch's pass.
+// `again`: the tensor is read once more after this launch's pass, and not written by it.
 template <int n, typename T>
 FASTNORM_DEVICE Pack<T, n> load_span(const T* p, const Span& s, bool again) {
   if (s.whole) return again ? load<n>(p + s.index) : load_streaming<n>(p + s.index);
   Pack<T, n> pack{};
 #pragma unroll
   for (int e = 0; e < n; ++e) {
-    if (e >= s.low && e < s.high) pack.v[e] = load(p + s.index + e);
+    if (e < s.low || e >= s.high) continue;
+    pack.v[e] = again ? load(p + s.index + e) : load_streaming<1>(p + s.index + e).v[0];
   }
   return pack;
 }

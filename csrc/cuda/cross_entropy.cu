@@ -7,7 +7,7 @@ namespace fastnorm::cuda {
 template <typename T>
 void launch_cross_entropy(const CrossEntropy<T>& p, const DeviceLimits& device,
                           cudaStream_t stream) {
-  cross_entropy(p, device, StreamLaunch{stream});
+  cross_entropy(p, device, StreamLaunch{stream, device.max_shared});
 }
 
 template <typename T>

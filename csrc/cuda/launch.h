@@ -10,15 +10,17 @@ namespace fastnorm::cuda {
 
 struct StreamLaunch {
   cudaStream_t stream;
+  size_t max_shared = 0;  // what the kernels may ask for: DeviceLimits::max_shared
 
   template <typename... P, typename... A>
   void operator()(const char*, const LaunchShape& shape, void (*kernel)(P...),
                   const A&... arguments) const {
-    // Up to here a kernel may go without asking.
+    // Up to here a kernel may go without asking. The limit is the function's, not the launch's:
+    // were it less than the most, another thread's launch could find it too low.
     constexpr size_t kDefaultShared = 48 * 1024;
     if (shape.shared > kDefaultShared) {
       C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(shape.shared)));
+                                          static_cast<int>(max_shared)));
     }
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(shape.grid);

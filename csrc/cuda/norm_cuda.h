@@ -47,9 +47,13 @@ struct NormBackward {
 
 // What the launch shapes may use of the device.
 struct DeviceLimits {
-  bool clusters;      // compute capability 9.0 and later
+  bool clusters;      // clusters_fit
   size_t max_shared;  // bytes of dynamic shared memory per block, opted in
 };
+
+// Whether the kernels can have clusters of kRowCluster blocks with so much shared memory each, on
+// the current device.
+bool clusters_fit(int device, size_t max_shared);
 
 struct LaunchShape {
   unsigned grid;

@@ -8,7 +8,7 @@
 #include <torch/library.h>
 
 #include <mutex>
-#include <vector>
+#include <unordered_map>
 
 #include "cross_entropy.h"
 #include "cuda/cross_entropy_cuda.h"
@@ -39,33 +39,34 @@ void visit_device_dtype(at::ScalarType dtype, F&& f) {
   visit_dtype(dtype, [&](auto zero) { f(typename DeviceType<decltype(zero)>::type{}); });
 }
 
-// Asked once per device: an attribute query per call would be a tenth of a small launch.
-DeviceLimits limits_of(int device) {
+// Of the current device. Asked once for each: a query per call would be a tenth of a small launch.
+DeviceLimits current_limits() {
   static std::mutex mutex;
-  static std::vector<DeviceLimits> known;
+  static std::unordered_map<int, DeviceLimits> known;
+  const int device = c10::cuda::current_device();
   std::lock_guard<std::mutex> lock(mutex);
-  while (static_cast<int>(known.size()) <= device) {
-    const int index = static_cast<int>(known.size());
-    int major = 0, shared = 0;
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
-    known.push_back({major >= 9, static_cast<size_t>(shared)});
-  }
-  return known[static_cast<size_t>(device)];
+  const auto found = known.find(device);
+  if (found != known.end()) return found->second;
+  int shared = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  const auto max_shared = static_cast<size_t>(shared);
+  return known[device] = {clusters_fit(device, max_shared), max_shared};
 }
 
 // -------------------------------------------------------------------------------------------
 // Norms
 // -------------------------------------------------------------------------------------------
 
-// Weight and bias in the input's type, or in the accumulate type.
+// Weight or bias as the kernels read it: in the input's type or the accumulate type.
+OptionalTensor readable(const OptionalTensor& t, const at::Tensor& x) {
+  const at::ScalarType wide = accumulate_type(x.scalar_type());
+  if (!has(t) || t->scalar_type() == x.scalar_type() || t->scalar_type() == wide) return t;
+  return t->to(wide);
+}
+
 Parameter parameter(const OptionalTensor& t, const at::Tensor& x) {
   if (!has(t)) return {};
-  const at::ScalarType wide = accumulate_type(x.scalar_type());
-  TORCH_CHECK_TYPE(t->scalar_type() == x.scalar_type() || t->scalar_type() == wide,
-                   "fastnorm: expected a weight and bias of ", x.scalar_type(), " or ", wide,
-                   ", got ", t->scalar_type());
-  return {t->const_data_ptr(), t->scalar_type() == wide};
+  return {t->const_data_ptr(), t->scalar_type() == accumulate_type(x.scalar_type())};
 }
 
 at::Tensor workspace_of(size_t bytes, const at::Tensor& x) {
@@ -74,11 +75,12 @@ at::Tensor workspace_of(size_t bytes, const at::Tensor& x) {
 
 struct CudaNorm {
   static void forward(const NormConfig& config, const at::Tensor& x, const OptionalTensor& residual,
-                      const OptionalTensor& weight, const OptionalTensor& bias,
+                      const OptionalTensor& any_weight, const OptionalTensor& any_bias,
                       const OptionalTensor& mean, const OptionalTensor& var, NormOutputs& out) {
     const View& view = config.view;
     const c10::cuda::CUDAGuard guard(x.device());
-    const DeviceLimits limits = limits_of(x.device().index());
+    const OptionalTensor weight = readable(any_weight, x), bias = readable(any_bias, x);
+    const DeviceLimits limits = current_limits();
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
     const bool row = config.is_row(), centered = config.statistic == Statistic::MeanVar;
     const at::Tensor workspace =
@@ -104,11 +106,12 @@ struct CudaNorm {
 
   static void backward(const NormConfig& config, const OptionalTensor& dy,
                        const OptionalTensor& dsum, const at::Tensor& x,
-                       const OptionalTensor& weight, const OptionalTensor& bias,
+                       const OptionalTensor& any_weight, const OptionalTensor& any_bias,
                        const OptionalTensor& residual, const OptionalTensor& mean,
                        const at::Tensor& var, std::array<bool, 4> mask, NormGradients& out) {
     const View& view = config.view;
     const c10::cuda::CUDAGuard guard(x.device());
+    const OptionalTensor weight = readable(any_weight, x), bias = readable(any_bias, x);
     const at::ScalarType wide = accumulate_type(x.scalar_type());
     const auto per_channel = [&](const OptionalTensor& like, bool wanted) {
       const auto options = x.options().dtype(has(like) ? like->scalar_type() : wide);
@@ -116,7 +119,7 @@ struct CudaNorm {
     };
     out.weight = per_channel(weight, mask[1]);
     out.bias = per_channel(bias, mask[2]);
-    const DeviceLimits limits = limits_of(x.device().index());
+    const DeviceLimits limits = current_limits();
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
     const bool centered = config.statistic == Statistic::MeanVar;
     visit_device_dtype(x.scalar_type(), [&](auto zero) {
@@ -144,6 +147,8 @@ struct CudaNorm {
                               static_cast<unsigned char*>(workspace.data_ptr())};
       row ? launch_row_norm_bwd(p, limits, stream) : launch_column_norm_bwd(p, limits, stream);
     });
+    if (mask[1] && has(any_weight)) out.weight = out.weight.to(any_weight->scalar_type());
+    if (mask[2] && has(any_bias)) out.bias = out.bias.to(any_bias->scalar_type());
   }
 };
 
@@ -226,7 +231,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_op(
                         need_grad ? static_cast<T*>(grad.mutable_data_ptr()) : nullptr,
                         reduction == 0 ? nullptr : loss.mutable_data_ptr<A>(),
                         scale.mutable_data_ptr<A>()},
-        limits_of(input.device().index()), stream);
+        current_limits(), stream);
   });
   return {loss, grad, scale};
 }

@@ -264,10 +264,14 @@ FASTNORM_DEVICE void fetch_async(T* shared_target, const T* source) {
 // Closes the group of the copies issued since the last commit.
 FASTNORM_DEVICE void copy_async_commit() { __pipeline_commit(); }
 // Until at most `groups_left` of this thread's groups are under way. Other threads see the data
-// after a barrier that follows.
+// after a barrier that follows. The intrinsic itself doesn't keep the compiler from loads that are
+// too early.
 template <int groups_left>
 FASTNORM_DEVICE void copy_async_wait() {
   __pipeline_wait_prior(groups_left);
+#ifndef FASTNORM_SIMT
+  asm volatile("" ::: "memory");
+#endif
 }
 
 }  // namespace fastnorm

@@ -11,7 +11,7 @@ size_t row_norm_bwd_workspace(const View& view, size_t element_size) {
 template <typename T>
 void launch_row_norm_bwd(const NormBackward<T>& p, const DeviceLimits& device,
                          cudaStream_t stream) {
-  row_norm_bwd(p, device, StreamLaunch{stream});
+  row_norm_bwd(p, device, StreamLaunch{stream, device.max_shared});
 }
 
 #define FASTNORM_INSTANTIATE(T) \

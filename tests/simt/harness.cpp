@@ -106,6 +106,14 @@ __global__ void grid_sum_kernel(const float* in, float* partial, float* out) {
   store(out + blockIdx.x * blockDim.x + threadIdx.x, sum);
 }
 
+// Stores and loads the same elements, in either order.
+__global__ void update_kernel(float* out, bool store_first, bool read_only) {
+  float* own = out + threadIdx.x;
+  if (store_first) store(own, 1.0f);
+  const float v = read_only ? load(own) : load_coherent<1>(own).v[0];
+  store(own, v + 1.0f);
+}
+
 __global__ void async_kernel(const float* in, float* out, bool wait) {
   float* shared = reinterpret_cast<float*>(dynamic_shared());
   copy_async<4>(shared + 4 * threadIdx.x, in + 4 * threadIdx.x);
@@ -178,6 +186,9 @@ ENTRY grid_sum(const float* in, float* partial, float* out, unsigned blocks, int
   simt::Launch config{blocks, 32};
   config.cooperative = cooperative != 0;
   return simt::launch("grid_sum", config, grid_sum_kernel, in, partial, out);
+}
+ENTRY update(float* out, int store_first, int read_only) {
+  return simt::launch("update", {1, 32}, update_kernel, out, store_first != 0, read_only != 0);
 }
 ENTRY async_copy(const float* in, float* out, unsigned threads, int wait) {
   return simt::launch("async_copy", {1, threads, 4 * threads * sizeof(float)}, async_kernel, in,

@@ -14,6 +14,7 @@ struct Buffer {
   uintptr_t begin, end;
   bool writable;
   uint64_t loaded = 0, stored = 0;  // bytes
+  std::vector<uint8_t> touched;     // kStored and kReadOnly of each byte, in the launch in progress
 };
 std::vector<Buffer> buffers;
 
@@ -111,6 +112,24 @@ void add_wavefronts(const Request& request) {
   }
 }
 
+constexpr uint8_t kStored = 1, kReadOnly = 2;
+
+// The read-only cache (__ldg) doesn't see what the same launch stores, and the compiler may move
+// its loads before the stores, or behind them.
+void check_read_only(const Fiber& fiber, Buffer& buffer, uintptr_t address, unsigned bytes,
+                     bool store, const char* hint) {
+  if (!store && std::strcmp(hint, "g") != 0) return;
+  if (buffer.touched.empty()) buffer.touched.resize(buffer.end - buffer.begin);
+  const uint8_t own = store ? kStored : kReadOnly, other = store ? kReadOnly : kStored;
+  for (uintptr_t at = address - buffer.begin; at < address - buffer.begin + bytes; ++at) {
+    buffer.touched[at] |= own;
+    if ((buffer.touched[at] & other) == 0) continue;
+    fail(describe(fiber) + (store ? " stores" : " loads") + " byte " + std::to_string(at) +
+         " of '" + buffer.name + "', which this launch also " +
+         (store ? "reads through the read-only cache" : "stores, through the read-only cache"));
+  }
+}
+
 void complete(const std::vector<Copy>& group) {
   for (const Copy& copy : group) std::memcpy(copy.target, copy.source, copy.bytes);
 }
@@ -129,7 +148,10 @@ void begin_accounting(const char* kernel, const Launch& launch) {
   bytes_by_hint.clear();
   requests.clear();
   shared_requests.clear();
-  for (Buffer& buffer : buffers) buffer.loaded = buffer.stored = 0;
+  for (Buffer& buffer : buffers) {
+    buffer.loaded = buffer.stored = 0;
+    buffer.touched.clear();
+  }
 }
 
 void end_block_accounting() {
@@ -156,6 +178,7 @@ __attribute__((noinline)) void global_access(const void* pointer, unsigned bytes
   const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
   Buffer* buffer = nullptr;
   check(fiber, address, bytes, store, buffer);
+  if (buffer != nullptr) check_read_only(fiber, *buffer, address, bytes, store, hint);
   if (!settings.count) return;
   Totals& totals = store ? stores : loads;
   totals.bytes += bytes;
@@ -270,7 +293,7 @@ void end_accounting() {
 SIMT_EXPORT void simt_add_buffer(const char* name, const void* pointer, size_t bytes,
                                  int writable) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(pointer);
-  simt::buffers.push_back({name, begin, begin + bytes, writable != 0});
+  simt::buffers.push_back({name, begin, begin + bytes, writable != 0, 0, 0, {}});
 }
 SIMT_EXPORT void simt_clear_buffers() { simt::buffers.clear(); }
 
