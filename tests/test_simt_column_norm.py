@@ -66,6 +66,7 @@ FORMS = {
     "groups of planes": ((2, 1, 2, 4 * 202, 202, 1), "plane_resident_fwd"),
     "planes": (batch_nchw(5, 3, 784), "plane_norm_fwd, moments"),
     "parts of planes": (batch_nchw(2, 1, 16501), "plane_norm_fwd, moments"),
+    "groups of planes, chunked": ((2, 1, 2, 3 * 600, 600, 1), "plane_norm_fwd, moments"),
     "groups, resident": (group_nhwc(3, 16, 4, 6), "column_norm_fwd, resident"),
     "groups": (group_nhwc(2, 230, 8, 10), "column_norm_fwd, moments"),
     "instances": (group_nhwc(2, 730, 24, 1), "column_norm_fwd, moments"),
@@ -74,11 +75,11 @@ FORMS = {
 }
 # No room for a plane: the streaming form's device.
 SMALL = {"clusters": False, "max_shared": 4096}
+STREAMING = ("tiles that split planes", "planes", "parts of planes", "groups of planes, chunked")
 
 
 def form_norm(form: str, **options: Any) -> norms.Norm:
-    device = SMALL if form in ("tiles that split planes", "planes", "parts of planes") else {}
-    return norms.Norm(FORMS[form][0], **device, **options)
+    return norms.Norm(FORMS[form][0], **(SMALL if form in STREAMING else {}), **options)
 
 
 RAGGED = [
@@ -407,6 +408,7 @@ def test_orders_give_the_same_bits(lib: driver.Library, form: str) -> None:
         pixel_nchw(3, 65, 49),
         pixel_nchw(3, 96, 64),
         (3, 1, 4, 3 * 794, 794, 1),
+        (3, 1, 2, 4 * 602, 602, 1),
     ],
     ids=str,
 )
@@ -414,12 +416,13 @@ def test_orders_give_the_same_bits(lib: driver.Library, form: str) -> None:
 def test_a_sample_has_the_same_bits_in_any_batch(
     lib: driver.Library, view: norms.View, dtype: torch.dtype
 ) -> None:
-    batch = Case(norms.Norm(view), dtype)
+    device = SMALL if view[4] == 602 else {}
+    batch = Case(norms.Norm(view, **device), dtype)
     y, dx = batch.forward(lib).y, batch.check_backward(lib).dx
     size = batch.norm.numel // 3
     for sample in range(3):
         here = slice(sample * size, (sample + 1) * size)
-        alone = Case(norms.Norm((1, *view[1:])), dtype)
+        alone = Case(norms.Norm((1, *view[1:]), **device), dtype)
         alone.x, alone.dy = batch.x[here].clone(), batch.dy[here].clone()
         assert torch.equal(alone.forward(lib).y, y[here])
         statistics = slice(sample * view[2], (sample + 1) * view[2])
@@ -532,6 +535,48 @@ def test_bytes_moved(lib: driver.Library, view: norms.View, dtype: torch.dtype) 
                 assert stored == 0 or report["widths"]["16"] * 16 >= stored
             case.check_backward(lib)
             check_moved(lib, ("x", "dy", "dx"), expected[1] * unit)
+
+
+@pytest.mark.parametrize("dtype", TWO)
+def test_bytes_moved_by_groups_in_chunks(lib: driver.Library, dtype: torch.dtype) -> None:
+    norm = norms.Norm((2, 1, 2, 4 * 1024, 1024, 1), **SMALL)
+    case = Case(norm, dtype)
+    with lib.counting():
+        case.forward(lib)
+        check_moved(lib, ("x", "y"), 3 * norm.numel * dtype.itemsize)
+        case.check_backward(lib)
+        check_moved(lib, ("x", "dy", "dx"), 5 * norm.numel * dtype.itemsize)
+
+
+# (groups, channels of a group, plane, bfloat16) -> whether the planes are chunked forward, with a
+# residual forward, and taken backward. A cluster has 8 x 219 KB for a row.
+ROW_NORMS = {
+    (1, 64, 64 * 64): (False, False, True),
+    (1, 128, 64 * 64): (False, True, True),
+    (1, 128, 128 * 128): (True, True, True),
+    (32, 4, 512 * 512): (False, False, True),
+    (8, 4, 512 * 512): (True, True, True),
+    (1, 8192, 15 * 15): (False, False, False),
+    (1, 8192, 7 * 7): (False, False, False),
+    (1, 101, 255 * 255): (False, False, False),
+}
+
+
+@pytest.mark.parametrize("groups", ROW_NORMS, ids=str)
+def test_group_norms_that_the_planes_take(
+    lib: driver.Library, groups: tuple[int, int, int]
+) -> None:
+    count, size, plane = groups
+    taken = []
+    for samples in (1, 16):
+        arrays = norms.Norm((samples, 1, count, size * plane, plane, 1)).arrays()
+        dtype, pointers = norms.DTYPES[torch.bfloat16], [a.ctypes.data for a in arrays]
+        questions = ((False, False), (True, False), (False, True))  # residual, backward
+        ask = functools.partial(
+            lib.lib.column_takes_row_norm, dtype, *map(ctypes.c_void_p, pointers)
+        )
+        taken.append(tuple(bool(ask(*question)) for question in questions))
+    assert taken == [ROW_NORMS[groups]] * 2
 
 
 @pytest.mark.parametrize("dtype", TWO)

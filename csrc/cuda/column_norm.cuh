@@ -1,5 +1,6 @@
-// Column geometry, forward: batch norm in any layout, group and instance norm of NHWC; the pixel
-// form (pixel_norm.cuh) takes the norms over the channels of NCHW.
+// Column geometry, forward: batch norm in any layout, group and instance norm of NHWC, and of NCHW
+// where a sample has few statistics that no cluster holds (column_forms.cuh); the pixel form
+// (pixel_norm.cuh) takes the norms over the channels of NCHW.
 //
 //   y = dropout(activation((x - mean) * scale + bias + residual)),  scale = (weight + offset) *
 //   rstd
@@ -96,17 +97,21 @@ struct ColumnAffine {
 
   FASTNORM_DEVICE A mean(int e) const { return mean_[e]; }
   FASTNORM_DEVICE A scale(int e) const { return scale_[e]; }
-  FASTNORM_DEVICE A bias(int e) const { return bias_[e]; }
+  FASTNORM_DEVICE A map(A d, int e) const { return d * scale_[e] + bias_[e]; }
 };
 
-// The same, one for all.
+// The same, one for all. Of a row norm, which the row kernels may have taken forward, it rounds as
+// they do.
 template <typename A>
 struct PlaneAffine {
-  A mean_, scale_, bias_;
+  bool row;
+  A mean_, rstd, weight, bias;
 
   FASTNORM_DEVICE A mean(int) const { return mean_; }
-  FASTNORM_DEVICE A scale(int) const { return scale_; }
-  FASTNORM_DEVICE A bias(int) const { return bias_; }
+  FASTNORM_DEVICE A scale(int) const { return weight * rstd; }
+  FASTNORM_DEVICE A map(A d, int) const {
+    return row ? d * rstd * weight + bias : d * scale(0) + bias;
+  }
 };
 
 template <typename T>
@@ -163,10 +168,10 @@ FASTNORM_DEVICE ColumnAffine<Accumulate<T>, n> load_column_affine(const P& p, co
 template <typename T, typename P>
 FASTNORM_DEVICE PlaneAffine<Accumulate<T>> load_plane_affine(const P& p, const PlaneTile& tile) {
   using A = Accumulate<T>;
-  const int64_t statistic = tile.o * p.config.view.kept + tile.channel;
-  const A rstd = rstd_of(p.var, statistic, p.config.eps);
-  return {p.mean != nullptr ? load_coherent<1>(p.mean + statistic).v[0] : A(0),
-          weight_of<T>(p.weight, p.config.weight_offset, tile.channel) * rstd,
+  return {p.config.is_row(),
+          p.mean != nullptr ? load_coherent<1>(p.mean + tile.statistic).v[0] : A(0),
+          rstd_of(p.var, tile.statistic, p.config.eps),
+          weight_of<T>(p.weight, p.config.weight_offset, tile.channel),
           parameter_of<T>(p.bias, tile.channel, A(0))};
 }
 
@@ -176,7 +181,7 @@ FASTNORM_DEVICE void affine_of_pack(const Pack<T, n>& x, const Affine& affine, b
                                     const Pack<T, n>& residual, Accumulate<T> (&v)[n]) {
   widen(x, v);
 #pragma unroll
-  for (int e = 0; e < n; ++e) v[e] = (v[e] - affine.mean(e)) * affine.scale(e) + affine.bias(e);
+  for (int e = 0; e < n; ++e) v[e] = affine.map(v[e] - affine.mean(e), e);
   if (!add) return;
   Accumulate<T> r[n];
   widen(residual, r);
@@ -343,7 +348,8 @@ __global__ __launch_bounds__(kColumnThreads,
   block_sum(square, scratch + 2 * kMaxWarps);
   if (threadIdx.x != 0) return;
   const MomentPieces<A> partial(p.workspace, pieces);
-  const int64_t at = pieces.slot(tile.o, tile.chunk, 0, tile.channel);
+  const int64_t segment = tile.statistic - tile.o * v.kept;
+  const int64_t at = pieces.slot(tile.o, tile.chunk, tile.channel, segment);
   store(partial.count + at, sum[0]);
   store(partial.mean + at, base + mean);
   store(partial.m2 + at, square[0]);
@@ -415,7 +421,8 @@ __global__ __launch_bounds__(kMergeThreads) void merge_moments_kernel(NormForwar
 
 // Threads that share the pieces of a segment in the kernels that merge them.
 inline int merge_rows(const Pieces& pieces) {
-  const int64_t most = pieces.chunks * (pieces.folded ? 1 : pieces.tiles);
+  const int64_t touched = pieces.folded ? 1 : ceil_div(pieces.size, pieces.tile);
+  const int64_t most = pieces.chunks * touched;
   int rows = 1;
   while (rows < 32 && rows < most) rows *= 2;
   return rows;
@@ -439,7 +446,8 @@ inline size_t column_norm_fwd_workspace_bytes(const View& view, size_t element_s
   const int width = static_cast<int>(16 / element_size);
   const size_t value = element_size == 8 ? 8 : 4;
   if (PlaneTiling::takes(view)) {
-    return 3 * value * static_cast<size_t>(PlaneTiling::of(view, width).pieces(view).total());
+    const PlaneTiling t = PlaneTiling::of(view, width);
+    return 3 * value * static_cast<size_t>(t.pieces(view, view.channels_per_kept()).total());
   }
   const ColumnTiling t = ColumnTiling::of(view, width);
   if (t.resident) return 0;
@@ -457,8 +465,8 @@ void column_norm_fwd(const NormForward<T>& p, Launch&& launch) {
   if (PlaneTiling::takes(v)) {
     PlaneTiling t = PlaneTiling::of(v, n);
     t.aligned = aligned;
-    const Pieces pieces = t.pieces(v);
-    const LaunchShape shape{blocks(v.outer * t.chunks * v.kept), kColumnThreads,
+    const Pieces pieces = t.pieces(v, v.channels_per_kept());
+    const LaunchShape shape{blocks(v.outer * t.chunks * v.channels()), kColumnThreads,
                             3 * kMaxWarps * sizeof(A)};
     if (!p.config.frozen) {
       launch("plane_norm_fwd, moments", shape, plane_norm_fwd_kernel<T>, p, t, pieces,

@@ -16,15 +16,15 @@ size_t column_norm_bwd_workspace(const NormConfig& config, const DeviceLimits& d
 }
 
 template <typename T>
-bool planes_stay_resident(const NormConfig& config, const DeviceLimits& device) {
-  return plane_resident_bwd_workspace_bytes<T>(config, device) > 0;
+bool column_takes_row_norm_bwd(const NormConfig& config, const DeviceLimits& device) {
+  return planes_take_rows_bwd<T>(config, device);
 }
 
 #define FASTNORM_INSTANTIATE(T)                                                         \
   template void launch_column_norm_bwd<T>(const NormBackward<T>&, const DeviceLimits&,  \
                                           cudaStream_t);                                \
   template size_t column_norm_bwd_workspace<T>(const NormConfig&, const DeviceLimits&); \
-  template bool planes_stay_resident<T>(const NormConfig&, const DeviceLimits&);
+  template bool column_takes_row_norm_bwd<T>(const NormConfig&, const DeviceLimits&);
 FASTNORM_FOR_EACH_DTYPE(FASTNORM_INSTANTIATE)
 
 }  // namespace fastnorm::cuda

@@ -218,14 +218,12 @@ __global__ __launch_bounds__(kColumnThreads,
   const bool map = phase == Phase::Map, frozen = p.config.frozen;
   const PlaneTile tile(v, t, map ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
   const GradientSums<A> sums(p.workspace, v, pieces.total());
-  const int64_t statistic = tile.o * v.kept + tile.channel;
-  const A rstd = rstd_of(p.var, statistic, p.config.eps);
+  const PlaneAffine<A> affine = load_plane_affine<T>(p, tile);
   A one[n], two[n], c = 0, e_ = 0;
-  if (map && !frozen) load_terms(p, sums, tile.o, statistic, rstd, c, e_);
+  if (map && !frozen) load_terms(p, sums, tile.o, tile.statistic, affine.rstd, c, e_);
 #pragma unroll
   for (int e = 0; e < n; ++e) one[e] = c, two[e] = e_;
-  gradient_walk<n>(p, PlaneWalk<n>(t, tile), load_plane_affine<T>(p, tile), !map, map || frozen,
-                   one, two);
+  gradient_walk<n>(p, PlaneWalk<n>(t, tile), affine, !map, map || frozen, one, two);
   if (map) return;
   A sum[2] = {0, 0};
 #pragma unroll
@@ -235,8 +233,8 @@ __global__ __launch_bounds__(kColumnThreads,
   }
   block_sum(sum, reinterpret_cast<A*>(dynamic_shared()));
   if (threadIdx.x != 0) return;
-  const int64_t at = pieces.slot(tile.o, tile.chunk, 0, tile.channel);
-  store(sums.piece_hx + at, sum[0] * rstd);
+  const int64_t at = pieces.slot(tile.o, tile.chunk, tile.channel, tile.channel);
+  store(sums.piece_hx + at, sum[0] * affine.rstd);
   store(sums.piece_h + at, sum[1]);
 }
 
@@ -349,7 +347,7 @@ inline size_t column_norm_bwd_workspace_bytes(const View& view, size_t element_s
   const int width = static_cast<int>(16 / element_size);
   int64_t pieces = 0;
   if (PlaneTiling::takes(view)) {
-    pieces = PlaneTiling::of(view, width).pieces(view).total();
+    pieces = PlaneTiling::of(view, width).pieces(view, 1).total();
   } else {
     pieces = Pieces::of(view, ColumnTiling::of(view, width), view.inner, view.channels()).total();
   }
@@ -392,8 +390,8 @@ void column_norm_bwd(const NormBackward<T>& p, Launch&& launch) {
   if (PlaneTiling::takes(v)) {
     PlaneTiling t = PlaneTiling::of(v, n);
     t.aligned = aligned;
-    pieces = t.pieces(v);
-    const LaunchShape shape{blocks(v.outer * t.chunks * v.kept), kColumnThreads,
+    pieces = t.pieces(v, 1);
+    const LaunchShape shape{blocks(v.outer * t.chunks * v.channels()), kColumnThreads,
                             2 * kMaxWarps * sizeof(A)};
     if (reduce) {
       launch("plane_norm_bwd, sums", shape, plane_norm_bwd_kernel<T>, p, t, pieces, Phase::Reduce);

@@ -3,7 +3,7 @@
 //
 //   form    reduced elements                       a block takes                 file
 //   column  columns of a [rows][row] matrix        columns x a chunk of rows     column_norm.cuh
-//   plane   long planes of a channel               a chunk of a channel          column_norm.cuh
+//   plane   long planes of one or more channels    a chunk of a channel          column_norm.cuh
 //   pixel   one strided column per pixel           pixels x all rows             pixel_norm.cuh
 //
 // Column form. A thread owns one pack of columns and walks down the rows; neighbours own
@@ -302,7 +302,7 @@ struct PlaneTiling {
   int64_t packs;                                // of a part, whatever its alignment
   bool aligned;
 
-  static bool takes(const View& v) { return v.inner >= kPlaneLength && v.reduce_inner == v.inner; }
+  static bool takes(const View& v) { return v.inner >= kPlaneLength; }
   static PlaneTiling of(const View& v, int width) {
     PlaneTiling t{};
     const int64_t most = kPlanePacks * width;
@@ -315,19 +315,21 @@ struct PlaneTiling {
     t.packs = t.length % width == 0 ? t.part / width : t.part / width + 1;
     return t;
   }
-  Pieces pieces(const View& v) const {
-    return {v.outer, v.kept, chunks, 1, v.kept, v.kept, 1, false};
+  // Partial sums of the channels, for segments of `size` channels: a statistic's, or one.
+  Pieces pieces(const View& v, int64_t size) const {
+    return {v.outer, v.channels() / size, chunks, v.channels(), 1, 1, size, false};
   }
 };
 
 // A block's part: elements [begin, end) of planes [first, last) of a channel.
 struct PlaneTile {
-  int64_t o, chunk, channel, first, last, begin, end, offset, stride;
+  int64_t o, chunk, channel, statistic, first, last, begin, end, offset, stride;
 
   FASTNORM_DEVICE PlaneTile(const View& v, const PlaneTiling& t, int64_t task) {
-    const int64_t above = divide(task, v.kept);
-    channel = task - above * v.kept;
+    const int64_t channels = v.channels(), above = divide(task, channels);
+    channel = task - above * channels;
     o = divide(above, t.chunks);
+    statistic = o * v.kept + divide(channel, v.channels_per_kept());
     chunk = above - o * t.chunks;
     stride = v.row_size();
     offset = o * v.reduce_outer * stride + channel * t.length;

@@ -73,10 +73,12 @@ void launch_row_norm_bwd(const NormBackward<T>& p, const DeviceLimits& device, c
 size_t column_norm_fwd_workspace(const View& view, size_t element_size);
 template <typename T>
 size_t column_norm_bwd_workspace(const NormConfig& config, const DeviceLimits& device);
-// Whether the column geometry's backward pass is the better one for a row norm as well, where dx is
-// asked for: group and instance norm of NCHW.
+// Whether the column geometry is the better one for a row norm: group and instance norm of NCHW;
+// backward, where dx is asked for.
 template <typename T>
-bool planes_stay_resident(const NormConfig& config, const DeviceLimits& device);
+bool column_takes_row_norm_fwd(const NormConfig& config, bool residual, const DeviceLimits& device);
+template <typename T>
+bool column_takes_row_norm_bwd(const NormConfig& config, const DeviceLimits& device);
 template <typename T>
 void launch_column_norm_fwd(const NormForward<T>& p, const DeviceLimits& device,
                             cudaStream_t stream);

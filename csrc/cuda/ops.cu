@@ -82,12 +82,14 @@ struct CudaNorm {
     const OptionalTensor weight = readable(any_weight, x), bias = readable(any_bias, x);
     const DeviceLimits limits = current_limits();
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-    const bool row = config.is_row(), centered = config.statistic == Statistic::MeanVar;
-    const at::Tensor workspace =
-        workspace_of(row ? 0 : column_norm_fwd_workspace(view, x.element_size()), x);
+    const bool centered = config.statistic == Statistic::MeanVar;
     visit_device_dtype(x.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
       using A = Accumulate<T>;
+      const bool row =
+          config.is_row() && !column_takes_row_norm_fwd<T>(config, has(residual), limits);
+      const at::Tensor workspace =
+          workspace_of(row ? 0 : column_norm_fwd_workspace(view, sizeof(T)), x);
       A* m = config.frozen ? const_cast<A*>(input_data<A>(mean)) : output_data<A>(out.mean);
       A* v = config.frozen ? const_cast<A*>(input_data<A>(var)) : output_data<A>(out.var);
       const NormForward<T> p{config,
@@ -125,7 +127,8 @@ struct CudaNorm {
     visit_device_dtype(x.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
       using A = Accumulate<T>;
-      const bool row = config.is_row() && !(mask[0] && planes_stay_resident<T>(config, limits));
+      const bool row =
+          config.is_row() && !(mask[0] && column_takes_row_norm_bwd<T>(config, limits));
       const at::Tensor workspace = workspace_of(row ? row_norm_bwd_workspace(view, sizeof(T))
                                                     : column_norm_bwd_workspace<T>(config, limits),
                                                 x);

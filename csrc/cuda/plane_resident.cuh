@@ -204,11 +204,11 @@ __global__ __launch_bounds__(kResidentThreads, 2) void plane_resident_fwd_kernel
 
   const Drop<A> drop = Drop<A>::of(p.config.dropout);
   const A rstd = A(1) / sqrt(var + static_cast<A>(p.config.eps));
-  PlaneAffine<A> affine{mean, A(0), A(0)};
+  PlaneAffine<A> affine{p.config.is_row(), mean, rstd, A(0), A(0)};
   block.walk(
       [&](const PlaneSegment& segment) {
-        affine.scale_ = weight_of<T>(p.weight, p.config.weight_offset, segment.channel) * rstd;
-        affine.bias_ = parameter_of<T>(p.bias, segment.channel, A(0));
+        affine.weight = weight_of<T>(p.weight, p.config.weight_offset, segment.channel);
+        affine.bias = parameter_of<T>(p.bias, segment.channel, A(0));
       },
       [&](const Span& s, T* place) {
         Pack<T, n> residual{};
@@ -239,7 +239,7 @@ __global__ __launch_bounds__(
   });
   copy_async_commit();
   A* partial = reinterpret_cast<A*>(p.workspace);  // [2][partial_rows][channels]
-  const bool row = p.config.is_row(), add = p.residual != nullptr && activation != Activation::None;
+  const bool add = p.residual != nullptr && activation != Activation::None;
   const bool parameters = p.dweight != nullptr || p.dbias != nullptr;
   const Drop<A> drop = Drop<A>::of(p.config.dropout);
   // These gradients are dy or zero: the second pass needs no more than them.
@@ -247,10 +247,10 @@ __global__ __launch_bounds__(
   const A mean = p.mean == nullptr ? A(0) : load(p.mean + block.statistic());
   const A rstd = rstd_of(p.var, block.statistic(), p.config.eps);
   const A size = static_cast<A>(t.planes * t.length);
-  A weight = A(0), bias = A(0);
+  PlaneAffine<A> affine{p.config.is_row(), mean, rstd, A(0), A(0)};
   const auto load_channel = [&](const PlaneSegment& segment) {
-    weight = weight_of<T>(p.weight, p.config.weight_offset, segment.channel);
-    bias = parameter_of<T>(p.bias, segment.channel, A(0));
+    affine.weight = weight_of<T>(p.weight, p.config.weight_offset, segment.channel);
+    affine.bias = parameter_of<T>(p.bias, segment.channel, A(0));
   };
   // d = x - mean, and dy; then the gradient behind the activation, by the forward pass's roundings.
   const auto read = [&](T* place, A(&d)[n], A(&h)[n]) {
@@ -263,9 +263,8 @@ __global__ __launch_bounds__(
     drop_span(drop, h, s.index);
     if (activation == Activation::None) return;
     A pre[n], r[n];
-    const A scale = weight * rstd;
 #pragma unroll
-    for (int e = 0; e < n; ++e) pre[e] = row ? d[e] * rstd * weight + bias : d[e] * scale + bias;
+    for (int e = 0; e < n; ++e) pre[e] = affine.map(d[e], e);
     if (add) {
       widen(load_span<n>(p.residual, s, true), r);
 #pragma unroll
@@ -298,8 +297,8 @@ __global__ __launch_bounds__(
       [&](const PlaneSegment& segment) {
         warp_sum(own);
         own[0] *= rstd;
-        total[0] += weight * own[0];
-        total[1] += weight * own[1];
+        total[0] += affine.weight * own[0];
+        total[1] += affine.weight * own[1];
         if (!parameters || threadIdx.x % 32 != 0) return;
         const int64_t at = (block.o * v.reduce_outer * t.parts + segment.chunk) * v.channels();
         store(partial + at + segment.channel, own[0]);
@@ -318,7 +317,7 @@ __global__ __launch_bounds__(
         if (p.dresidual != nullptr) store_span(p.dresidual, s, narrow<T>(h));
 #pragma unroll
         for (int e = 0; e < n; ++e) {
-          h[e] = rstd * (h[e] * weight - mean_g - d[e] * rstd * mean_gx);
+          h[e] = rstd * (h[e] * affine.weight - mean_g - d[e] * rstd * mean_gx);
         }
         store_span(p.dx, s, narrow<T>(h));
       },

@@ -15,6 +15,21 @@ SIMT_NORM_ENTRY(pixel_norm_bwd, pixel_norm_bwd(arguments.backward<T>(), argument
 
 SIMT_EXPORT const char* simt_launched() { return fastnorm::cuda::launched_kernels().c_str(); }
 
+// Whether a row norm is the column geometry's; integers as for the norms.
+SIMT_EXPORT int column_takes_row_norm(int dtype, const int64_t* integers, const double* reals,
+                                      int residual, int backward) {
+  using namespace fastnorm::cuda;
+  const EntryArguments arguments{integers, reals, nullptr};
+  bool taken = false;
+  visit_entry_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const fastnorm::NormConfig config = arguments.config(nullptr);
+    taken = backward == 0 ? planes_take_rows_fwd<T>(config, residual != 0, arguments.device())
+                          : planes_take_rows_bwd<T>(config, arguments.device());
+  });
+  return taken;
+}
+
 // Bytes, forward or backward; integers as for the norms.
 SIMT_EXPORT int column_norm_workspace(int dtype, const int64_t* integers, const double* reals,
                                       int backward) {
