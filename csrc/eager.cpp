@@ -6,6 +6,7 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/PyInterpreter.h>
 
 #include <cmath>
 
@@ -27,6 +28,17 @@ bool exceeds(c10::DispatchKeySet set, c10::DispatchKeySet usual) {
 // Set while fastnorm.explain follows a call through Python.
 thread_local bool explaining = false;
 
+// The class of the mode that torch.set_default_device and `with torch.device(...)` push.
+PyTypeObject* device_context = nullptr;
+
+bool only_default_devices() {
+  using Modes = at::impl::PythonTorchFunctionTLS;
+  for (int64_t i = 0; i < Modes::stack_len(); ++i) {
+    if (Py_TYPE(Modes::get_stack_at(i)->ptr(getPyInterpreter())) != device_context) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 bool undisturbed() {
@@ -35,7 +47,8 @@ bool undisturbed() {
       c10::DispatchKeySet({DispatchKey::BackendSelect, DispatchKey::ADInplaceOrView}) |
       c10::autocast_dispatch_keyset;
   const auto tls = c10::impl::tls_local_dispatch_key_set();
-  return !explaining && !exceeds(tls.included_, usual) && !at::impl::torch_function_mode_enabled();
+  return !explaining && !exceeds(tls.included_, usual) &&
+         (!at::impl::torch_function_mode_enabled() || only_default_devices());
 }
 
 // The CUDA kernels live in a library of their own, which may come later or never.
@@ -202,6 +215,8 @@ const char* simd_level() {
 
 void register_norms(py::module_& m) {
   using torch::wrap_pybind_function;
+  const py::object context = py::module_::import("torch.utils._device").attr("DeviceContext");
+  device_context = reinterpret_cast<PyTypeObject*>(py::object(context).release().ptr());
   m.def("row_norm", wrap_pybind_function(row_norm));
   m.def("add_row_norm", wrap_pybind_function(add_row_norm));
   m.def("norm", wrap_pybind_function(any_norm));

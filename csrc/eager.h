@@ -11,7 +11,8 @@
 namespace fastnorm {
 
 // Nothing intercepts operators on this thread: no tracing, no functorch transform, no
-// __torch_dispatch__ or __torch_function__ mode.
+// __torch_dispatch__ mode, and no __torch_function__ mode but a default device. That one has no say
+// here: the entries make every tensor on the device of an input.
 bool undisturbed();
 
 // `object` is None, or an ordinary tensor of the CPU or of CUDA, with no subclass behaviour, no
