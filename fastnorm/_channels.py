@@ -184,7 +184,8 @@ def reference(
     mean, var = (torch.cat(s).detach().reshape(outer, kept) for s in (means, variances))
     if mask is None:
         return Normed(y, mean, var, (counts[0], counts[-1]))  # type: ignore[arg-type]
-    return Normed(y, mean, var, torch.cat([torch.as_tensor(c).reshape(-1) for c in counts]))
+    flat = [torch.as_tensor(c, device=x.device).reshape(-1) for c in counts]
+    return Normed(y, mean, var, torch.cat(flat))
 
 
 def masked_statistics(
@@ -192,7 +193,7 @@ def masked_statistics(
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of the true positions; 0 and 1 where there is none."""
     dims = tuple(dims)
-    count = torch.as_tensor(count)
+    count = torch.as_tensor(count, device=x.device)
     some = count.clamp(min=1).to(x.dtype)
     mean = x.sum(dims, keepdim=True) / some
     var = torch.where(ok, x - mean, 0.0).square().sum(dims, keepdim=True) / some

@@ -242,8 +242,9 @@ class RunningStatistics(_NormBase):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.use_running_stats is not None or not self.update_running_stats:
             use = {None: 2, True: 1, False: 0}[self.use_running_stats]
+            # Whatever the default device, which may be one that keeps no values.
             destination[prefix + self._FLAGS] = torch.tensor(
-                [use, self.update_running_stats], dtype=torch.uint8
+                [use, self.update_running_stats], dtype=torch.uint8, device="cpu"
             )
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnorm import _build, _ops
+from fastnorm._channels import is_readable
 from fastnorm._checks import ClassIdError
 
 __all__ = ["LabelSmoothingCrossEntropy", "cross_entropy", "smooth_labels"]
@@ -168,6 +169,13 @@ def cross_entropy(
         )  # fmt: skip
         if loss is not None:
             return loss
+    tensors = (input, target, weight, prior, mask)
+    if torch.overrides.has_torch_function(tensors):
+        return torch.overrides.handle_torch_function(
+            cross_entropy, tensors, input, target, weight=weight, label_smoothing=label_smoothing,
+            prior=prior, ignore_index=ignore_index, mask=mask, reduction=reduction,
+            check_targets=check_targets, torch_mean=torch_mean,
+        )  # fmt: skip
     if reduction not in _REDUCTIONS:
         raise ValueError(f"{reduction} is not a valid value for reduction")
     if not input.is_floating_point():
@@ -439,8 +447,7 @@ def _check_prior(prior: Tensor | None, num_classes: int) -> Tensor | None:
 
 
 def _check_ids(target: Tensor, num_classes: int, keep: Tensor | None) -> None:
-    # Neither a traced nor a batched value can be looked at; indexing still guards itself.
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if not is_readable(target):  # indexing still guards itself
         return
     wrong = (target < 0) | (target >= num_classes)
     if keep is not None:
