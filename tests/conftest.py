@@ -41,6 +41,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=f"of the CPU: {of_cpu.args[0]}"))
 
 
+def pytest_exception_interact(node: pytest.Item | pytest.Collector) -> None:
+    """An illegal access takes CUDA from its process for good: the tests to come would all fail."""
+    if node.config.getoption("--device") != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)  # xdist reports the test as the one it crashed in, and replaces the worker
+        node.session.shouldstop = f"CUDA is lost to this process: {error}"
+
+
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
     torch.manual_seed(0)

@@ -69,11 +69,12 @@ struct EntryArguments {
 };
 
 // Starts kernels one after another until one fails; the names of those started, for tests of the
-// dispatch, are in launched_kernels().
+// dispatch, are in launched_kernels(). With names_only they aren't started.
 inline std::string& launched_kernels() {
   static std::string names;
   return names;
 }
+inline bool names_only = false;
 
 struct EmulatedLaunch {
   int* status;
@@ -84,6 +85,7 @@ struct EmulatedLaunch {
     if (*status != 0) return;
     std::string& names = launched_kernels();
     names += (names.empty() ? "" : "; ") + std::string(name);
+    if (names_only) return;
     simt::Launch config{shape.grid, shape.threads, shape.shared, shape.cluster};
     *status = simt::launch(name, config, kernel, arguments...);
   }
@@ -112,6 +114,11 @@ void visit_entry_dtype(int dtype, F&& f) {
 }
 
 }  // namespace fastnorm::cuda
+
+// Whether the calls to come only name their kernels.
+extern "C" __attribute__((visibility("default"), used)) inline void simt_names_only(int on) {
+  fastnorm::cuda::names_only = on != 0;
+}
 
 #define SIMT_NORM_ENTRY(name, geometry_call)                                            \
   extern "C" __attribute__((visibility("default"))) int name(                           \
