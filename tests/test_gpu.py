@@ -19,6 +19,16 @@ from fastnorm._bench import OPS, TRAIN, Cell
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
 
+
+@pytest.fixture(autouse=True)
+def _no_default_device() -> Iterator[None]:
+    """As users have it: a default device is a mode, under which calls may take another path."""
+    before = torch.get_default_device()
+    torch.set_default_device(None)
+    yield
+    torch.set_default_device(before)
+
+
 NORMS = {
     "batch": (
         lambda x, w, b, **e: fastnorm.batch_norm(x, None, None, w, b, True, **e),
