@@ -397,6 +397,16 @@ def minimal_bytes(cell: Cell, cache_bytes: int, on_cuda: bool = False) -> int:
     return forward if cell.direction == FORWARD else forward + backward
 
 
+def parameter_dtype(cell: Cell, device: str) -> torch.dtype:
+    """Of weight, bias and running statistics: the cell's, but float32 for batch norm on CUDA.
+
+    So mixed precision has them, and torch calls cuDNN for no others.
+    """
+    dtype = DTYPES[cell.dtype]
+    wide = device == "cuda" and cell.op.startswith("batch_norm")
+    return torch.promote_types(dtype, torch.float32) if wide else dtype
+
+
 def make_inputs(cell: Cell, device: str, compute: torch.dtype | None = None) -> Inputs:
     """Random inputs, the same for the same cell; they require gradients where the cell trains.
 
@@ -405,12 +415,13 @@ def make_inputs(cell: Cell, device: str, compute: torch.dtype | None = None) -> 
     generator = torch.Generator(device).manual_seed(0)
     dtype = DTYPES[cell.dtype]
     op = OPS[cell.op]
+    of_parameters = compute or parameter_dtype(cell, device)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, generator=generator).to(dtype).to(compute or dtype)
+        return torch.randn(shape, device=device, generator=generator).to(dtype)
 
     def activation() -> Tensor:
-        tensor = random(*cell.shape)
+        tensor = random(*cell.shape).to(compute or dtype)
         if cell.layout == "channels_last":
             tensor = tensor.to(
                 memory_format=torch.channels_last_3d if tensor.dim() == 5 else torch.channels_last
@@ -422,10 +433,10 @@ def make_inputs(cell: Cell, device: str, compute: torch.dtype | None = None) -> 
     inputs = Inputs(
         x=x,
         residual=activation() if "residual" in op.leaves else x,
-        weight=random(features),
-        bias=random(features),
-        running_mean=torch.zeros(features, device=device, dtype=compute or dtype),
-        running_var=torch.ones(features, device=device, dtype=compute or dtype),
+        weight=random(features).to(of_parameters),
+        bias=random(features).to(of_parameters),
+        running_mean=torch.zeros(features, device=device, dtype=of_parameters),
+        running_var=torch.ones(features, device=device, dtype=of_parameters),
         groups=group_count(features),
     )
     if cell.direction == TRAIN:
