@@ -53,16 +53,19 @@ def test_a_step_ends_in_time_with_what_it_started(tmp_path):
 
 
 TESTS = """
-import pytest, time
+import pathlib, pytest, time
 
-@pytest.mark.parametrize("turn", range(100))
+@pytest.mark.parametrize("turn", range(600))
 def test_slow(turn):
     time.sleep(0.1)
+    if turn == 4:
+        pathlib.Path({marker!r}).touch()
     assert turn != {bad}
 """
 SANITIZED = """
-import time
+import pathlib, time
 print("========= COMPUTE-SANITIZER\\nbatch_norm (2, 3) bf16", flush=True)
+pathlib.Path({marker!r}).touch()
 time.sleep(60)
 """
 
@@ -70,28 +73,35 @@ time.sleep(60)
 def test_what_a_step_has_found_when_it_is_cut_off(tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.startswith("PYTEST")]:
         monkeypatch.delenv(name)
-    pytest_ = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider"]
-    steps = [
-        gpu.run_step(
-            "sanitizer", [sys.executable, "-c", SANITIZED], tmp_path, 8.0, gpu.SANITIZER_FOUND
-        )
-    ]
+    code = SANITIZED.format(marker=str(tmp_path / "sanitizer.marker"))
+    command = [sys.executable, "-c", code]
+    steps = [gpu.run_step("sanitizer", command, tmp_path, 60.0, gpu.SANITIZER_FOUND)]
     for name, bad, workers in (("fails", 0, 2), ("passes", -1, 0)):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "pytest.ini").write_text("[pytest]\n")
-        (folder / "test_x.py").write_text(TESTS.format(bad=bad))
-        command = [*pytest_, "-n", str(workers), "--dist", "load" if workers else "no", str(folder)]
-        steps.append(gpu.run_step(name, command, tmp_path, 8.0, gpu.TEST_FAILED))
+        marker = str(tmp_path / f"{name}.marker")
+        (folder / "test_x.py").write_text(TESTS.format(bad=bad, marker=marker))
+        command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider"]
+        command += ["-n", str(workers), "--dist", "load" if workers else "no", str(folder)]
+        steps.append(gpu.run_step(name, command, tmp_path, 60.0, gpu.TEST_FAILED))
+    wait_for = asyncio.wait_for
+
+    async def wait_for_markers(process, limit):
+        """The limit of a step comes when all of them are under way."""
+        while limit == 60.0 and len(list(tmp_path.glob("*.marker"))) < len(steps):
+            await asyncio.sleep(0.1)
+        return await wait_for(process, 0.5 if limit == 60.0 else limit)
 
     async def together() -> list[gpu.Step]:
         return await asyncio.gather(*steps)
 
-    sanitizer, fails, passes = asyncio.run(together())
+    monkeypatch.setattr(asyncio, "wait_for", wait_for_markers)
+    sanitizer, fails, passes = asyncio.run(wait_for(together(), 120.0))
     assert sanitizer.cut and fails.cut and passes.cut
     assert fails.failed and not passes.failed and not sanitizer.failed
     assert "1 failed, " in fails.result and " passed in " in passes.result
-    assert sanitizer.result.startswith("cut off after 8 s, at 'batch_norm (2, 3) bf16'; ")
+    assert sanitizer.result.startswith("cut off after 60 s, at 'batch_norm (2, 3) bf16'; ")
     assert "/test_x.py::test_slow[0]" in (tmp_path / "fails.log").read_text()
 
 
