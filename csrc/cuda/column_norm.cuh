@@ -189,34 +189,34 @@ FASTNORM_DEVICE void affine_of_pack(const Pack<T, n>& x, const Affine& affine, b
   for (int e = 0; e < n; ++e) v[e] += r[e];
 }
 
-// Maps the packs of a walk; the next one is on its way while this one is mapped.
+// Maps the packs of a walk, by way of shared memory at `memory`.
 template <int n, typename T, typename Walk, typename Affine>
-FASTNORM_DEVICE void normalize_walk(const NormForward<T>& p, Walk walk, const Affine& affine) {
-  using A = Accumulate<T>;
-  const Drop<A> drop = Drop<A>::of(p.config.dropout);
+FASTNORM_DEVICE void normalize_walk(const NormForward<T>& p, const Walk& walk, const Affine& affine,
+                                    void* memory) {
+  const Drop<Accumulate<T>> drop = Drop<Accumulate<T>>::of(p.config.dropout);
   const bool add = p.residual != nullptr;
-  Span here = walk.next();
-  Pack<T, n> x{}, residual{};
-  if (here.any()) {
-    x = load_span<n>(p.x, here, false);
-    if (add) residual = load_span<n>(p.residual, here, false);
-  }
-  while (here.any()) {
-    const Span after = walk.next();
-    Pack<T, n> next_x{}, next_residual{};
-    if (after.any()) {
-      next_x = load_span<n>(p.x, after, false);
-      if (add) next_residual = load_span<n>(p.residual, after, false);
-    }
-    A v[n];
-    affine_of_pack(x, affine, add, residual, v);
-    activate(v, p.config.activation);
-    drop_span(drop, v, here.index);
-    store_span(p.y, here, narrow<T>(v));
-    here = after;
-    x = next_x;
-    residual = next_residual;
-  }
+  const Ring<T, n> ring(memory, add ? 2 : 1);
+  ring.stream(
+      walk,
+      [&](const Span& s, int turn) {
+        fetch_span<n>(p.x, s, ring.at(turn, 0));
+        if (add) fetch_span<n>(p.residual, s, ring.at(turn, 1));
+      },
+      [&](const Span& s, int turn) {
+        Pack<T, n> residual{};
+        if (add) residual = shared_load<n>(ring.at(turn, 1));
+        Accumulate<T> v[n];
+        affine_of_pack(shared_load<n>(ring.at(turn, 0)), affine, add, residual, v);
+        activate(v, p.config.activation);
+        drop_span(drop, v, s.index);
+        store_span(p.y, s, narrow<T>(v));
+      });
+}
+
+// Shared memory of `values` values per column of a tile.
+template <typename A, int n>
+FASTNORM_HD size_t column_bytes(int values, int threads) {
+  return sizeof(A) * values * n * column_pitch<A, n>(threads);
 }
 
 // Partial moments: three arrays over the pieces.
@@ -307,7 +307,8 @@ __global__ __launch_bounds__(kColumnThreads,
     __syncthreads();
   }
   const auto affine = load_column_affine<n, T>(p, t, tile, [](int, int64_t, A, A) {});
-  normalize_walk<n>(p, walk, affine);
+  const size_t before = phase == Phase::Map ? 0 : column_bytes<A, n>(3, t.threads);
+  normalize_walk<n>(p, walk, affine, dynamic_shared() + before);
 }
 
 template <typename T>
@@ -321,7 +322,7 @@ __global__ __launch_bounds__(kColumnThreads,
   const PlaneWalk<n> walk(t, tile);
   if (phase == Phase::Map) {
     if (tile.empty()) return;
-    normalize_walk<n>(p, walk, load_plane_affine<T>(p, tile));
+    normalize_walk<n>(p, walk, load_plane_affine<T>(p, tile), dynamic_shared());
     return;
   }
   const bool centered = p.config.statistic == Statistic::MeanVar;
@@ -462,18 +463,20 @@ void column_norm_fwd(const NormForward<T>& p, Launch&& launch) {
   const View& v = p.config.view;
   if (v.numel() == 0) return;
   const bool aligned = aligned_to_16({p.x, p.residual, p.y});
+  const int tensors = p.residual != nullptr ? 2 : 1;
   if (PlaneTiling::takes(v)) {
     PlaneTiling t = PlaneTiling::of(v, n);
     t.aligned = aligned;
     const Pieces pieces = t.pieces(v, v.channels_per_kept());
-    const LaunchShape shape{blocks(v.outer * t.chunks * v.channels()), kColumnThreads,
-                            3 * kMaxWarps * sizeof(A)};
+    LaunchShape shape{blocks(v.outer * t.chunks * v.channels()), kColumnThreads,
+                      3 * kMaxWarps * sizeof(A)};
     if (!p.config.frozen) {
       launch("plane_norm_fwd, moments", shape, plane_norm_fwd_kernel<T>, p, t, pieces,
              Phase::Reduce);
       launch_merge(launch, "merge_moments", merge_moments_kernel<T>, p, pieces, v.statistics(),
                    sizeof(A));
     }
+    shape.shared = Ring<T, n>::bytes(kColumnThreads, tensors);
     launch("plane_norm_fwd, map", shape, plane_norm_fwd_kernel<T>, p, t, pieces, Phase::Map);
     return;
   }
@@ -481,8 +484,9 @@ void column_norm_fwd(const NormForward<T>& p, Launch&& launch) {
   t.aligned = aligned;
   const Pieces pieces = Pieces::of(v, t, v.reduce_inner, v.kept);
   const auto threads = static_cast<unsigned>(t.threads);
-  const LaunchShape shape{blocks(v.outer * t.chunks * t.tiles), threads,
-                          p.config.frozen ? 0 : 3 * n * column_pitch<A, n>(t.threads) * sizeof(A)};
+  const size_t ring = Ring<T, n>::bytes(t.threads, tensors);
+  LaunchShape shape{blocks(v.outer * t.chunks * t.tiles), threads,
+                    column_bytes<A, n>(3, t.threads) + (t.resident ? ring : 0)};
   if (!p.config.frozen) {
     launch(t.resident ? "column_norm_fwd, resident" : "column_norm_fwd, moments", shape,
            column_norm_fwd_kernel<T>, p, t, pieces, t.resident ? Phase::Both : Phase::Reduce);
@@ -490,6 +494,7 @@ void column_norm_fwd(const NormForward<T>& p, Launch&& launch) {
     launch_merge(launch, "merge_moments", merge_moments_kernel<T>, p, pieces, v.statistics(),
                  sizeof(A));
   }
+  shape.shared = ring;
   launch("column_norm_fwd, map", shape, column_norm_fwd_kernel<T>, p, t, pieces, Phase::Map);
 }
 

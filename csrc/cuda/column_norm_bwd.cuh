@@ -59,62 +59,59 @@ FASTNORM_DEVICE bool keeps_gradient(const NormBackward<T>& p) {
          p.config.activation == Activation::Relu && p.config.dropout.seed == nullptr;
 }
 
-// Activations of a pass over the packs of a walk; `kept`: dy is h, and has been stored.
-template <typename T, int n>
-struct GradientPacks {
-  Pack<T, n> x, dy, residual;
-
-  FASTNORM_DEVICE void load(const NormBackward<T>& p, const Span& s, bool again, bool kept) {
-    if (!s.any()) return;
-    x = load_span<n>(p.x, s, again);
-    dy = load_span<n>(kept ? p.dresidual : p.dy, s, again);
-    if (p.residual != nullptr && p.config.activation != Activation::None && !kept) {
-      residual = load_span<n>(p.residual, s, again);
-    }
-  }
-};
+// Tensors that a pass over the packs of a walk reads: x, dy, and a residual.
+template <typename T>
+FASTNORM_HD int gradient_tensors(const NormBackward<T>& p) {
+  return p.residual != nullptr && p.config.activation != Activation::None ? 3 : 2;
+}
 
 // With `reduce`, adds h * d and h of every element of the packs to one and two; with `map`, stores
-// dresidual and dx = scale * h + one * d + two, or, with both, scale * h.
+// dresidual and dx = scale * h + one * d + two, or, with both, scale * h. By way of shared memory
+// at `memory`.
 template <int n, typename T, typename Walk, typename Affine>
-FASTNORM_DEVICE void gradient_walk(const NormBackward<T>& p, Walk walk, const Affine& affine,
+FASTNORM_DEVICE void gradient_walk(const NormBackward<T>& p, const Walk& walk, const Affine& affine,
                                    bool reduce, bool map, Accumulate<T> (&one)[n],
-                                   Accumulate<T> (&two)[n]) {
+                                   Accumulate<T> (&two)[n], void* memory) {
   using A = Accumulate<T>;
   const Drop<A> drop = Drop<A>::of(p.config.dropout);
   const bool keeps = keeps_gradient(p), kept = keeps && map;
-  Span here = walk.next();
-  GradientPacks<T, n> packs{}, next{};
-  packs.load(p, here, !map, kept);
-  while (here.any()) {
-    const Span after = walk.next();
-    next.load(p, after, !map, kept);
-    A d[n], h[n];
-    widen(packs.dy, h);
-    drop_span(drop, h, here.index);
-    if (p.config.activation != Activation::None && !kept) {
-      affine_of_pack(packs.x, affine, p.residual != nullptr, packs.residual, d);
-      activate_backward<false>(h, d, p.config.activation);
-    }
-    widen(packs.x, d);
+  const bool add = gradient_tensors(p) == 3 && !kept;
+  const Ring<T, n> ring(memory, gradient_tensors(p));
+  ring.stream(
+      walk,
+      [&](const Span& s, int turn) {
+        fetch_span<n>(p.x, s, ring.at(turn, 0));
+        fetch_span<n>(kept ? p.dresidual : p.dy, s, ring.at(turn, 1));
+        if (add) fetch_span<n>(p.residual, s, ring.at(turn, 2));
+      },
+      [&](const Span& s, int turn) {
+        const Pack<T, n> x = shared_load<n>(ring.at(turn, 0));
+        A d[n], h[n];
+        widen(shared_load<n>(ring.at(turn, 1)), h);
+        drop_span(drop, h, s.index);
+        if (p.config.activation != Activation::None && !kept) {
+          Pack<T, n> residual{};
+          if (add) residual = shared_load<n>(ring.at(turn, 2));
+          affine_of_pack(x, affine, add, residual, d);
+          activate_backward<false>(h, d, p.config.activation);
+        }
+        widen(x, d);
 #pragma unroll
-    for (int e = 0; e < n; ++e) d[e] -= affine.mean(e);
-    if (p.dresidual != nullptr && map != keeps) store_span(p.dresidual, here, narrow<T>(h));
-    if (reduce) {
+        for (int e = 0; e < n; ++e) d[e] -= affine.mean(e);
+        if (p.dresidual != nullptr && map != keeps) store_span(p.dresidual, s, narrow<T>(h));
+        if (reduce) {
 #pragma unroll
-      for (int e = 0; e < n; ++e) {
-        one[e] += here.has(e) ? h[e] * d[e] : A(0);
-        two[e] += here.has(e) ? h[e] : A(0);
-        h[e] *= affine.scale(e);
-      }
-    } else {
+          for (int e = 0; e < n; ++e) {
+            one[e] += s.has(e) ? h[e] * d[e] : A(0);
+            two[e] += s.has(e) ? h[e] : A(0);
+            h[e] *= affine.scale(e);
+          }
+        } else {
 #pragma unroll
-      for (int e = 0; e < n; ++e) h[e] = affine.scale(e) * h[e] + (one[e] * d[e] + two[e]);
-    }
-    if (map && p.dx != nullptr) store_span(p.dx, here, narrow<T>(h));
-    here = after;
-    packs = next;
-  }
+          for (int e = 0; e < n; ++e) h[e] = affine.scale(e) * h[e] + (one[e] * d[e] + two[e]);
+        }
+        if (map && p.dx != nullptr) store_span(p.dx, s, narrow<T>(h));
+      });
 }
 
 // Adds up the columns of each channel of the tile; f(channel, sum of h d, sum of h) by one thread.
@@ -181,7 +178,8 @@ __global__ __launch_bounds__(kColumnThreads, (sizeof(T) == 8 ? 2 : 3)) void colu
         load_column_affine<n, T>(p, t, tile, [&](int e, int64_t statistic, A, A rstd) {
           if (map && !frozen) load_terms(p, sums, tile.o, statistic, rstd, one[e], two[e]);
         });
-    gradient_walk<n>(p, walk, affine, !map, map || frozen, one, two);
+    gradient_walk<n>(p, walk, affine, !map, map || frozen, one, two,
+                     dynamic_shared() + column_bytes<A, n>(2, t.threads));
     if (map) return;
     const Segments channels(t, tile, v.inner, v.channels());
     add_columns(one, two, channels, [&](int64_t channel, A hd, A h) {
@@ -223,7 +221,8 @@ __global__ __launch_bounds__(kColumnThreads,
   if (map && !frozen) load_terms(p, sums, tile.o, tile.statistic, affine.rstd, c, e_);
 #pragma unroll
   for (int e = 0; e < n; ++e) one[e] = c, two[e] = e_;
-  gradient_walk<n>(p, PlaneWalk<n>(t, tile), affine, !map, map || frozen, one, two);
+  gradient_walk<n>(p, PlaneWalk<n>(t, tile), affine, !map, map || frozen, one, two,
+                   dynamic_shared() + 2 * kMaxWarps * sizeof(A));
   if (map) return;
   A sum[2] = {0, 0};
 #pragma unroll
@@ -391,8 +390,9 @@ void column_norm_bwd(const NormBackward<T>& p, Launch&& launch) {
     PlaneTiling t = PlaneTiling::of(v, n);
     t.aligned = aligned;
     pieces = t.pieces(v, 1);
-    const LaunchShape shape{blocks(v.outer * t.chunks * v.channels()), kColumnThreads,
-                            2 * kMaxWarps * sizeof(A)};
+    const LaunchShape shape{
+        blocks(v.outer * t.chunks * v.channels()), kColumnThreads,
+        2 * kMaxWarps * sizeof(A) + Ring<T, n>::bytes(kColumnThreads, gradient_tensors(p))};
     if (reduce) {
       launch("plane_norm_bwd, sums", shape, plane_norm_bwd_kernel<T>, p, t, pieces, Phase::Reduce);
       reduced(true);
@@ -406,8 +406,9 @@ void column_norm_bwd(const NormBackward<T>& p, Launch&& launch) {
   t.aligned = aligned;
   pieces = Pieces::of(v, t, v.inner, v.channels());
   const auto threads = static_cast<unsigned>(t.threads);
-  const LaunchShape shape{blocks(v.outer * t.chunks * t.tiles), threads,
-                          2 * n * column_pitch<A, n>(t.threads) * sizeof(A)};
+  const LaunchShape shape{
+      blocks(v.outer * t.chunks * t.tiles), threads,
+      column_bytes<A, n>(2, t.threads) + Ring<T, n>::bytes(t.threads, gradient_tensors(p))};
   if (t.resident && reduce && map) {
     launch("column_norm_bwd, resident", shape, column_norm_bwd_kernel<T>, p, t, pieces,
            Phase::Both);

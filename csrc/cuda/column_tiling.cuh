@@ -71,6 +71,53 @@ FASTNORM_DEVICE void store_span(T* p, const Span& s, const Pack<T, n>& pack) {
   }
 }
 
+// Visible to this thread after copy_async_wait.
+template <int n, typename T>
+FASTNORM_DEVICE void fetch_span(const T* p, const Span& s, T* place) {
+  if (s.whole) return copy_async<n>(place, p + s.index);
+#pragma unroll
+  for (int e = 0; e < n; ++e) {
+    if (s.has(e)) fetch_async<1>(place + e, p + s.index + e);
+  }
+}
+
+// A thread's packs on their way into shared memory, kRing of each of `tensors` tensors: 32 KB of a
+// tensor under way on a multiprocessor of 16 warps, where one pack ahead in registers was 8 KB.
+inline constexpr int kRing = 4;
+
+template <typename T, int n>
+struct Ring {
+  T* mine;
+  int tensors;
+
+  FASTNORM_DEVICE Ring(void* memory, int tensors_)
+      : mine(static_cast<T*>(memory) + threadIdx.x * n), tensors(tensors_) {}
+  static size_t bytes(int threads, int tensors) { return size_t{kRing} * tensors * threads * 16; }
+
+  FASTNORM_DEVICE T* at(int turn, int tensor) const {
+    return mine + ((turn % kRing) * tensors + tensor) * static_cast<int>(blockDim.x) * n;
+  }
+  // fetch(span, turn) starts the copies of a pack, use(span, turn) finds them there.
+  template <typename Walk, typename Fetch, typename Use>
+  FASTNORM_DEVICE void stream(Walk walk, Fetch&& fetch, Use&& use) const {
+    Walk ahead = walk;
+    const auto fetch_next = [&](int turn) {
+      const Span s = ahead.next();
+      if (s.any()) fetch(s, turn);
+      copy_async_commit();
+    };
+    for (int turn = 0; turn < kRing - 1; ++turn) fetch_next(turn);
+    for (int turn = 0;; ++turn) {
+      const Span here = walk.next();
+      if (!here.any()) break;
+      fetch_next(turn + kRing - 1);
+      copy_async_wait<kRing - 1>();
+      use(here, turn);
+    }
+    copy_async_wait<0>();
+  }
+};
+
 // Dropout of elements index .. index+n-1, index being any: the two Philox calls they span.
 template <typename A, int n>
 FASTNORM_DEVICE void drop_span(const Drop<A>& drop, A (&v)[n], int64_t index) {

@@ -3,10 +3,10 @@
 // column_norm.cuh and column_norm_bwd.cuh, the channel being the row.
 //
 // A block takes `lanes` packs of neighbouring pixels and all C rows; thread (r, lane) has rows r,
-// r + rows, ... of its pack, and the threads of a pixel merge through shared memory. The block's
-// part of x (backward: and dy) stays in shared memory between the passes where it fits: 2 E b
-// forward, 3 E b backward; otherwise it is read again, mostly from L2, which the narrower parts
-// of many channels are for.
+// r + rows, ... of its pack, and the threads of a pixel merge through shared memory. Where it fits,
+// the block's part of x (backward: and dy) is copied there, all of it under way at once, and stays:
+// 2 E b forward, 3 E b backward; otherwise it is read again, mostly from L2, which the narrower
+// parts of many channels are for.
 //
 // Backward, blocks are persistent: block b of G takes parts b, b + G, ..., adds every row's sums
 // over its pixels to one partial row of dweight and dbias, and add_samples_kernel adds the G
@@ -110,14 +110,21 @@ __global__ __launch_bounds__(kPixelThreads) void pixel_norm_fwd_kernel(NormForwa
       rstd[e] = me.here ? rstd_of(p.var, statistic + e, p.config.eps) : A(0);
     }
   } else {
+    if (t.staged) {
+      for (int64_t i = 0; i < items; ++i) {
+        fetch_async<n>(stage.at(0, i), p.x + first + i * stride);
+      }
+      copy_async_commit();
+      copy_async_wait<0>();
+    }
     A shift[n], sum[n], square[n];
 #pragma unroll
     for (int e = 0; e < n; ++e) shift[e] = sum[e] = square[e] = A(0);
     if (centered && items > 0) widen(load<n>(p.x + first), shift);
 #pragma unroll 4
     for (int64_t i = 0; i < items; ++i) {
-      const Pack<T, n> x = load<n>(p.x + first + i * stride);
-      if (t.staged) shared_store(stage.at(0, i), x);
+      const Pack<T, n> x =
+          t.staged ? shared_load<n>(stage.at(0, i)) : load<n>(p.x + first + i * stride);
 #pragma unroll
       for (int e = 0; e < n; ++e) {
         const A d = widen(x.v[e]) - shift[e];
@@ -237,6 +244,14 @@ __global__ __launch_bounds__(kPixelThreads, 1) void pixel_norm_bwd_kernel(NormBa
       rstd[e] = me.here ? rstd_of(p.var, statistic + e, p.config.eps) : A(0);
       c[e] = e_[e] = gx[e] = g[e] = A(0);
     }
+    if (t.staged) {
+      for (int64_t i = 0; me.here && me.row + i * t.rows < channels; ++i) {
+        fetch_async<n>(stage.at(0, i), p.x + first + i * stride);
+        fetch_async<n>(stage.at(1, i), p.dy + first + i * stride);
+      }
+      copy_async_commit();
+      copy_async_wait<0>();
+    }
     const bool wants_map = p.dx != nullptr || p.dresidual != nullptr;
 #pragma unroll 1
     for (int pass = 0; pass < (frozen || !wants_map ? 1 : 2); ++pass) {
@@ -245,7 +260,7 @@ __global__ __launch_bounds__(kPixelThreads, 1) void pixel_norm_bwd_kernel(NormBa
       const auto fetch = [&](int64_t i) {
         if (!me.here || me.row + i * t.rows >= channels) return;
         const int64_t at = first + i * stride;
-        if (t.staged && pass == 1) {
+        if (t.staged) {
           x = shared_load<n>(stage.at(0, i));
           dy = shared_load<n>(stage.at(1, i));
         } else {
@@ -263,10 +278,6 @@ __global__ __launch_bounds__(kPixelThreads, 1) void pixel_norm_bwd_kernel(NormBa
         const bool there = me.here && channel < channels;
         A xhat[n], h[n], weight = A(0), own[2] = {0, 0};
         if (there) {
-          if (t.staged && pass == 0) {
-            shared_store(stage.at(0, i), here_x);
-            shared_store(stage.at(1, i), here_dy);
-          }
           weight = weight_of<T>(p.weight, p.config.weight_offset, channel);
           widen(here_x, xhat);
           widen(here_dy, h);

@@ -146,16 +146,6 @@ struct ResidentBlock {
   }
 };
 
-// Visible to this thread after copy_async_wait.
-template <int n, typename T>
-FASTNORM_DEVICE void fetch_span(const T* p, const Span& s, T* place) {
-  if (s.whole) return copy_async<n>(place, p + s.index);
-#pragma unroll
-  for (int e = 0; e < n; ++e) {
-    if (s.has(e)) fetch_async<1>(place + e, p + s.index + e);
-  }
-}
-
 template <typename T>
 __global__ __launch_bounds__(kResidentThreads, 2) void plane_resident_fwd_kernel(NormForward<T> p,
                                                                                  ResidentTiling t) {
