@@ -199,15 +199,20 @@ class Launches:
     def note(self, lib: driver.Library) -> None:
         self.names |= set(norms.launched(lib).split("; "))
 
-    def column_workspace(self, norm: norms.Norm, dtype: torch.dtype, backward: bool) -> int:
-        arrays = [ctypes.c_void_p(a.ctypes.data) for a in norm.arrays()]
-        return self.column.lib.column_norm_workspace(norms.DTYPES[dtype], *arrays, int(backward))
+    def ask_column(self, question: str, norm: norms.Norm, dtype: torch.dtype, *more: bool) -> int:
+        arrays = norm.arrays()
+        pointers = [ctypes.c_void_p(a.ctypes.data) for a in arrays]
+        return getattr(self.column.lib, question)(norms.DTYPES[dtype], *pointers, *more)
+
+    def takes_rows(self, norm: norms.Norm, dtype: torch.dtype, *more: bool) -> bool:
+        view = norm.view
+        row = view[1] == view[5] == 1 and view[4] != 0 and not norm.frozen
+        return row and not self.ask_column("column_takes_row_norm", norm, dtype, *more)
 
     def forward(self, norm: norms.Norm, x, weight, bias, residual, mean, var) -> None:
-        view, frozen = norm.view, norm.frozen
-        row = view[1] == view[5] == 1 and view[4] != 0 and not frozen
+        row = self.takes_rows(norm, x.dtype, residual is not None, False)
         lib, entry = (self.row, "row_norm_fwd") if row else (self.column, "column_norm_fwd")
-        bytes_ = 0 if row else self.column_workspace(norm, x.dtype, False)
+        bytes_ = 0 if row else self.ask_column("column_norm_workspace", norm, x.dtype, False)
         tensors = map(flat, (x, weight, bias, residual, mean, var))
         norms.forward(lib, entry, norm, *tensors, workspace=bytes_)
         self.note(lib)
@@ -215,15 +220,12 @@ class Launches:
     def backward(self, norm: norms.Norm, x, dy, var, mean, mask, **more) -> None:
         tensors = [flat(t) for t in (x, dy, var, mean)]
         more = {name: flat(t) for name, t in more.items()} | {"wanted": tuple(mask)}
-        view = norm.view
-        row = view[1] == view[5] == 1 and view[4] != 0 and not norm.frozen
-        if not row or (mask[0] and view[4] > 1):
-            bytes_ = self.column_workspace(norm, x.dtype, True)
+        assert mask[0]  # else the row kernels take every row norm
+        if not self.takes_rows(norm, x.dtype, False, True):
+            bytes_ = self.ask_column("column_norm_workspace", norm, x.dtype, True)
             norms.backward(self.column, "column_norm_bwd", norm, *tensors, **more, workspace=bytes_)
-            # Of a row norm this form takes the planes alone that stay resident.
-            if not row or "plane_resident_bwd" in norms.launched(self.column):
-                return self.note(self.column)
-        array = np.array(view, dtype=np.int64)
+            return self.note(self.column)
+        array = np.array(norm.view, dtype=np.int64)
         pointer = ctypes.c_void_p(array.ctypes.data)
         bytes_ = self.row.lib.row_norm_bwd_workspace(pointer, x.element_size())
         norms.backward(self.row, "row_norm_bwd", norm, *tensors, **more, workspace=bytes_)
