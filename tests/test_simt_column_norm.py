@@ -485,6 +485,12 @@ def test_pixels_without_room(lib: driver.Library, max_shared: int) -> None:
 def test_many_samples(lib: driver.Library) -> None:
     case = Case(norms.Norm(group_nhwc(65540, 2, 1, 1)), torch.float32)
     case.check_forward(lib)
+    # Several turns of the persistent blocks, each of which reads its part once.
+    for channels, pixels in ((5, 8), (3, 7), (70, 8)):
+        case = Case(norms.Norm(pixel_nchw(1200, channels, pixels)), torch.bfloat16)
+        with lib.counting():
+            case.check_backward(lib)
+            check_moved(lib, ("x", "dy", "dx"), 3 * case.norm.numel * 2)
 
 
 def test_empty_input(lib: driver.Library) -> None:

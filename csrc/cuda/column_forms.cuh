@@ -31,6 +31,7 @@ bool chunks_rows(const View& v) {
 // eight blocks a row, which read it twice. Nothing here depends on the number of samples.
 template <typename T>
 bool planes_take_rows_fwd(const NormConfig& config, bool residual, const DeviceLimits& device) {
+  if (config.prologue) return false;
   const View& v = config.view;
   const int64_t cluster = device.clusters ? kRowCluster : 1;
   const int64_t room = cluster * (static_cast<int64_t>(device.max_shared) - kScratchRoom);
@@ -42,6 +43,7 @@ bool planes_take_rows_fwd(const NormConfig& config, bool residual, const DeviceL
 // resident in 3 E b or else chunked in (5 - 2f) E b.
 template <typename T>
 bool planes_take_rows_bwd(const NormConfig& config, const DeviceLimits& device) {
+  if (config.prologue) return false;
   return chunks_rows<T>(config.view) || plane_resident_bwd_workspace_bytes<T>(config, device) > 0;
 }
 

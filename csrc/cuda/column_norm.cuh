@@ -17,7 +17,7 @@
 // L2: (3 - f) E b, f being the part of the tensor that was still there.
 //
 // Resident: where a block has all elements of its statistics (small samples), one kernel does all;
-// the second read comes from L1 or L2: 2 E b. Frozen statistics need the map alone: 2 E b.
+// the second read comes from L2: 2 E b. Frozen statistics need the map alone: 2 E b.
 #pragma once
 
 #include "common/stats.h"
@@ -136,31 +136,39 @@ FASTNORM_DEVICE A rstd_of(const A* var, int64_t at, double eps) {
   return A(1) / sqrt(load_coherent<1>(var + at).v[0] + static_cast<A>(eps));
 }
 
-// P: NormForward<T> or NormBackward<T>. f(e, statistic, weight, rstd) for what else depends on
-// them.
-template <int n, typename T, typename P, typename F>
+// P: NormForward<T> or NormBackward<T>. more(e, statistic) loads what else there is, and finish(e,
+// rstd) works it out: square roots and divisions have branches, which would hold up the next load.
+template <int n, typename T, typename P, typename More, typename Finish>
 FASTNORM_DEVICE ColumnAffine<Accumulate<T>, n> load_column_affine(const P& p, const ColumnTiling& t,
-                                                                  const ColumnTile& tile, F&& f) {
+                                                                  const ColumnTile& tile,
+                                                                  More&& more, Finish&& finish) {
   using A = Accumulate<T>;
   ColumnAffine<A, n> affine;
   const View& v = p.config.view;
   const int64_t column = tile.first + int64_t{threadIdx.x} * n;
   int64_t at = column - divide(column, t.row) * t.row;  // in a row of the tensor
+  A var[n];
 #pragma unroll
   for (int e = 0; e < n; ++e) {
     affine.mean_[e] = affine.scale_[e] = affine.bias_[e] = A(0);
+    var[e] = A(1);
     if (column + e < tile.end) {
       const int64_t channel = v.inner == 1 ? at : divide(at, v.inner);
       const int64_t statistic =
           tile.o * v.kept + (v.reduce_inner == 1 ? at : divide(at, v.reduce_inner));
-      const A rstd = rstd_of(p.var, statistic, p.config.eps);
-      const A weight = weight_of<T>(p.weight, p.config.weight_offset, channel);
+      var[e] = load_coherent<1>(p.var + statistic).v[0];
       if (p.mean != nullptr) affine.mean_[e] = load_coherent<1>(p.mean + statistic).v[0];
-      affine.scale_[e] = weight * rstd;
+      affine.scale_[e] = weight_of<T>(p.weight, p.config.weight_offset, channel);
       affine.bias_[e] = parameter_of<T>(p.bias, channel, A(0));
-      f(e, statistic, weight, rstd);
+      more(e, statistic);
     }
     if (++at == t.row) at = 0;
+  }
+#pragma unroll
+  for (int e = 0; e < n; ++e) {
+    const A rstd = A(1) / sqrt(var[e] + static_cast<A>(p.config.eps));
+    affine.scale_[e] *= rstd;
+    finish(e, rstd);
   }
   return affine;
 }
@@ -189,19 +197,21 @@ FASTNORM_DEVICE void affine_of_pack(const Pack<T, n>& x, const Affine& affine, b
   for (int e = 0; e < n; ++e) v[e] += r[e];
 }
 
-// Maps the packs of a walk, by way of shared memory at `memory`.
-template <int n, typename T, typename Walk, typename Affine>
-FASTNORM_DEVICE void normalize_walk(const NormForward<T>& p, const Walk& walk, const Affine& affine,
+// Maps the packs of a walk, by way of shared memory at `memory`; load_affine() gives their map.
+template <int n, typename T, typename Walk, typename Load>
+FASTNORM_DEVICE void normalize_walk(const NormForward<T>& p, const Walk& walk, Load&& load_affine,
                                     void* memory) {
   const Drop<Accumulate<T>> drop = Drop<Accumulate<T>>::of(p.config.dropout);
   const bool add = p.residual != nullptr;
   const Ring<T, n> ring(memory, add ? 2 : 1);
+  decltype(load_affine()) affine;
   ring.stream(
       walk,
       [&](const Span& s, int turn) {
         fetch_span<n>(p.x, s, ring.at(turn, 0));
         if (add) fetch_span<n>(p.residual, s, ring.at(turn, 1));
       },
+      [&] { affine = load_affine(); },
       [&](const Span& s, int turn) {
         Pack<T, n> residual{};
         if (add) residual = shared_load<n>(ring.at(turn, 1));
@@ -306,9 +316,11 @@ __global__ __launch_bounds__(kColumnThreads,
     if (phase == Phase::Reduce) return;
     __syncthreads();
   }
-  const auto affine = load_column_affine<n, T>(p, t, tile, [](int, int64_t, A, A) {});
   const size_t before = phase == Phase::Map ? 0 : column_bytes<A, n>(3, t.threads);
-  normalize_walk<n>(p, walk, affine, dynamic_shared() + before);
+  const auto load_affine = [&] {
+    return load_column_affine<n, T>(p, t, tile, [](int, int64_t) {}, [](int, A) {});
+  };
+  normalize_walk<n>(p, walk, load_affine, dynamic_shared() + before);
 }
 
 template <typename T>
@@ -322,7 +334,7 @@ __global__ __launch_bounds__(kColumnThreads,
   const PlaneWalk<n> walk(t, tile);
   if (phase == Phase::Map) {
     if (tile.empty()) return;
-    normalize_walk<n>(p, walk, load_plane_affine<T>(p, tile), dynamic_shared());
+    normalize_walk<n>(p, walk, [&] { return load_plane_affine<T>(p, tile); }, dynamic_shared());
     return;
   }
   const bool centered = p.config.statistic == Statistic::MeanVar;
@@ -424,8 +436,10 @@ __global__ __launch_bounds__(kMergeThreads) void merge_moments_kernel(NormForwar
 inline int merge_rows(const Pieces& pieces) {
   const int64_t touched = pieces.folded ? 1 : ceil_div(pieces.size, pieces.tile);
   const int64_t most = pieces.chunks * touched;
+  // Few segments of a sample leave most threads of a block idle otherwise.
+  const int widest = pieces.segments < kMergeThreads / 32 ? kMergeThreads : 32;
   int rows = 1;
-  while (rows < 32 && rows < most) rows *= 2;
+  while (rows < widest && rows < most) rows *= 2;
   return rows;
 }
 

@@ -41,15 +41,20 @@ struct GradientSums {
   }
 };
 
-// c and e of dx, from the sums of a statistic.
+// The factors of c and e of dx: c = -rstd^2 of(gx), e = -rstd of(g), sums of a statistic.
 template <typename T>
 FASTNORM_DEVICE void load_terms(const NormBackward<T>& p, const GradientSums<Accumulate<T>>& sums,
-                                int64_t o, int64_t statistic, Accumulate<T> rstd, Accumulate<T>& c,
-                                Accumulate<T>& e) {
+                                int64_t statistic, Accumulate<T>& c, Accumulate<T>& e) {
+  c = load_coherent<1>(sums.gx + statistic).v[0];
+  if (p.mean != nullptr) e = load_coherent<1>(sums.g + statistic).v[0];
+}
+template <typename T>
+FASTNORM_DEVICE void finish_terms(const NormBackward<T>& p, int64_t o, Accumulate<T> rstd,
+                                  Accumulate<T>& c, Accumulate<T>& e) {
   using A = Accumulate<T>;
   const A size = static_cast<A>(p.config.view.rows_of(o) * p.config.view.reduce_inner);
-  c = -rstd * rstd * (load_coherent<1>(sums.gx + statistic).v[0] / size);
-  if (p.mean != nullptr) e = -rstd * (load_coherent<1>(sums.g + statistic).v[0] / size);
+  c = -rstd * rstd * (c / size);
+  e = -rstd * (e / size);
 }
 
 // Whether the sums' pass stores dresidual, and the map reads it: exactly h, in any type.
@@ -67,9 +72,9 @@ FASTNORM_HD int gradient_tensors(const NormBackward<T>& p) {
 
 // With `reduce`, adds h * d and h of every element of the packs to one and two; with `map`, stores
 // dresidual and dx = scale * h + one * d + two, or, with both, scale * h. By way of shared memory
-// at `memory`.
-template <int n, typename T, typename Walk, typename Affine>
-FASTNORM_DEVICE void gradient_walk(const NormBackward<T>& p, const Walk& walk, const Affine& affine,
+// at `memory`; load_affine() gives the affine map and, for a map, one and two.
+template <int n, typename T, typename Walk, typename Load>
+FASTNORM_DEVICE void gradient_walk(const NormBackward<T>& p, const Walk& walk, Load&& load_affine,
                                    bool reduce, bool map, Accumulate<T> (&one)[n],
                                    Accumulate<T> (&two)[n], void* memory) {
   using A = Accumulate<T>;
@@ -77,6 +82,7 @@ FASTNORM_DEVICE void gradient_walk(const NormBackward<T>& p, const Walk& walk, c
   const bool keeps = keeps_gradient(p), kept = keeps && map;
   const bool add = gradient_tensors(p) == 3 && !kept;
   const Ring<T, n> ring(memory, gradient_tensors(p));
+  decltype(load_affine()) affine;
   ring.stream(
       walk,
       [&](const Span& s, int turn) {
@@ -84,6 +90,7 @@ FASTNORM_DEVICE void gradient_walk(const NormBackward<T>& p, const Walk& walk, c
         fetch_span<n>(kept ? p.dresidual : p.dy, s, ring.at(turn, 1));
         if (add) fetch_span<n>(p.residual, s, ring.at(turn, 2));
       },
+      [&] { affine = load_affine(); },
       [&](const Span& s, int turn) {
         const Pack<T, n> x = shared_load<n>(ring.at(turn, 0));
         A d[n], h[n];
@@ -174,11 +181,17 @@ __global__ __launch_bounds__(kColumnThreads, (sizeof(T) == 8 ? 2 : 3)) void colu
   for (bool map = phase == Phase::Map;; map = true) {
 #pragma unroll
     for (int e = 0; e < n; ++e) one[e] = two[e] = A(0);
-    const auto affine =
-        load_column_affine<n, T>(p, t, tile, [&](int e, int64_t statistic, A, A rstd) {
-          if (map && !frozen) load_terms(p, sums, tile.o, statistic, rstd, one[e], two[e]);
-        });
-    gradient_walk<n>(p, walk, affine, !map, map || frozen, one, two,
+    const auto load_affine = [&] {
+      return load_column_affine<n, T>(
+          p, t, tile,
+          [&](int e, int64_t statistic) {
+            if (map && !frozen) load_terms(p, sums, statistic, one[e], two[e]);
+          },
+          [&](int e, A rstd) {
+            if (map && !frozen) finish_terms(p, tile.o, rstd, one[e], two[e]);
+          });
+    };
+    gradient_walk<n>(p, walk, load_affine, !map, map || frozen, one, two,
                      dynamic_shared() + column_bytes<A, n>(2, t.threads));
     if (map) return;
     const Segments channels(t, tile, v.inner, v.channels());
@@ -216,12 +229,21 @@ __global__ __launch_bounds__(kColumnThreads,
   const bool map = phase == Phase::Map, frozen = p.config.frozen;
   const PlaneTile tile(v, t, map ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
   const GradientSums<A> sums(p.workspace, v, pieces.total());
-  const PlaneAffine<A> affine = load_plane_affine<T>(p, tile);
-  A one[n], two[n], c = 0, e_ = 0;
-  if (map && !frozen) load_terms(p, sums, tile.o, tile.statistic, affine.rstd, c, e_);
+  A one[n], two[n], rstd = 0;
 #pragma unroll
-  for (int e = 0; e < n; ++e) one[e] = c, two[e] = e_;
-  gradient_walk<n>(p, PlaneWalk<n>(t, tile), affine, !map, map || frozen, one, two,
+  for (int e = 0; e < n; ++e) one[e] = two[e] = A(0);
+  const auto load_affine = [&] {
+    const PlaneAffine<A> affine = load_plane_affine<T>(p, tile);
+    rstd = affine.rstd;
+    if (!map || frozen) return affine;
+    A c = 0, e_ = 0;
+    load_terms(p, sums, tile.statistic, c, e_);
+    finish_terms(p, tile.o, rstd, c, e_);
+#pragma unroll
+    for (int e = 0; e < n; ++e) one[e] = c, two[e] = e_;
+    return affine;
+  };
+  gradient_walk<n>(p, PlaneWalk<n>(t, tile), load_affine, !map, map || frozen, one, two,
                    dynamic_shared() + 2 * kMaxWarps * sizeof(A));
   if (map) return;
   A sum[2] = {0, 0};
@@ -233,7 +255,7 @@ __global__ __launch_bounds__(kColumnThreads,
   block_sum(sum, reinterpret_cast<A*>(dynamic_shared()));
   if (threadIdx.x != 0) return;
   const int64_t at = pieces.slot(tile.o, tile.chunk, tile.channel, tile.channel);
-  store(sums.piece_hx + at, sum[0] * affine.rstd);
+  store(sums.piece_hx + at, sum[0] * rstd);
   store(sums.piece_h + at, sum[1]);
 }
 
@@ -258,8 +280,9 @@ FASTNORM_DEVICE void store_parameters(const NormBackward<T>& p, int64_t channel,
 // The pieces of each (outer, channel), as merge_moments_kernel; a channel with a statistic of its
 // own gives the sums of that as well, and one outer block the parameters' gradients.
 template <typename T>
-__global__ __launch_bounds__(kMergeThreads) void merge_gradients_kernel(NormBackward<T> p,
-                                                                        Pieces pieces, int rows) {
+__global__ __launch_bounds__(kMergeThreads, 1) void merge_gradients_kernel(NormBackward<T> p,
+                                                                           Pieces pieces,
+                                                                           int rows) {
   using A = Accumulate<T>;
   const View& v = p.config.view;
   const GradientSums<A> sums(p.workspace, v, pieces.total());
@@ -320,10 +343,12 @@ __global__ __launch_bounds__(kMergeThreads) void add_samples_kernel(NormBackward
   const int64_t channel = int64_t{blockIdx.x} * columns + threadIdx.x % columns;
   A sum[2] = {0, 0};
   if (channel < channels) {
+    const int own = static_cast<int>(count > row ? divide(count - row + rows - 1, rows) : 0);
 #pragma unroll 4
-    for (int64_t o = row; o < count; o += rows) {
-      sum[0] += load(hx + o * channels + channel);
-      sum[1] += load(h + o * channels + channel);
+    for (int i = 0; i < own; ++i) {
+      const int64_t at = (row + int64_t{i} * rows) * channels + channel;
+      sum[0] += load(hx + at);
+      sum[1] += load(h + at);
     }
   }
   sum_over_rows(sum, rows, reinterpret_cast<A*>(dynamic_shared()));

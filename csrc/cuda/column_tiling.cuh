@@ -97,9 +97,10 @@ struct Ring {
   FASTNORM_DEVICE T* at(int turn, int tensor) const {
     return mine + ((turn % kRing) * tensors + tensor) * static_cast<int>(blockDim.x) * n;
   }
-  // fetch(span, turn) starts the copies of a pack, use(span, turn) finds them there.
-  template <typename Walk, typename Fetch, typename Use>
-  FASTNORM_DEVICE void stream(Walk walk, Fetch&& fetch, Use&& use) const {
+  // fetch(span, turn) starts the copies of a pack, use(span, turn) finds them there; begin() is
+  // called when the first ones are on their way.
+  template <typename Walk, typename Fetch, typename Begin, typename Use>
+  FASTNORM_DEVICE void stream(Walk walk, Fetch&& fetch, Begin&& begin, Use&& use) const {
     Walk ahead = walk;
     const auto fetch_next = [&](int turn) {
       const Span s = ahead.next();
@@ -107,6 +108,7 @@ struct Ring {
       copy_async_commit();
     };
     for (int turn = 0; turn < kRing - 1; ++turn) fetch_next(turn);
+    begin();
     for (int turn = 0;; ++turn) {
       const Span here = walk.next();
       if (!here.any()) break;
@@ -320,24 +322,16 @@ struct PieceList {
     first_slot = segment - (split ? divide(tile * all.tile, all.size) : 0);
   }
   FASTNORM_DEVICE int64_t begin() const { return first + first_slot; }
+  // The count is known before the loop: so the loads of four pieces are under way at once.
   template <typename F>
   FASTNORM_DEVICE void for_each(int row, int rows, F&& f) const {
-    if (tiles == 1) {
+    const int64_t total = chunks * tiles;
+    const int count = static_cast<int>(total > row ? divide(total - row + rows - 1, rows) : 0);
 #pragma unroll 4
-      for (int64_t chunk = row; chunk < chunks; chunk += rows) f(begin() + chunk * per_chunk);
-      return;
-    }
-    const int wide = tiles > rows ? rows + 1 : static_cast<int>(tiles);
-    const int skip = rows / wide, rest = rows - skip * wide;
-    int64_t chunk = row / wide, tile = row - chunk * wide;
-    while (chunk < chunks) {
+    for (int i = 0; i < count; ++i) {
+      const int64_t at = row + int64_t{i} * rows, chunk = tiles == 1 ? at : divide(at, tiles);
+      const int64_t tile = at - chunk * tiles;
       f(first + chunk * per_chunk + tile * slots + (tile == 0 ? first_slot : 0));
-      chunk += skip;
-      tile += rest;
-      if (tile >= tiles) {
-        tile -= tiles;
-        ++chunk;
-      }
     }
   }
 };

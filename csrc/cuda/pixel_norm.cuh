@@ -5,8 +5,9 @@
 // A block takes `lanes` packs of neighbouring pixels and all C rows; thread (r, lane) has rows r,
 // r + rows, ... of its pack, and the threads of a pixel merge through shared memory. Where it fits,
 // the block's part of x (backward: and dy) is copied there, all of it under way at once, and stays:
-// 2 E b forward, 3 E b backward; otherwise it is read again, mostly from L2, which the narrower
-// parts of many channels are for.
+// 2 E b forward, 3 E b backward; otherwise it is read again, mostly from L2. The parts of many
+// channels are narrower: forward, so that more than one block fits on a multiprocessor; backward
+// the next part is on its way while this one is mapped.
 //
 // Backward, blocks are persistent: block b of G takes parts b, b + G, ..., adds every row's sums
 // over its pixels to one partial row of dweight and dbias, and add_samples_kernel adds the G
@@ -27,7 +28,7 @@ struct PixelTiling {
   static PixelTiling of(const View& v, int width, bool backward) {
     PixelTiling t{};
     const int64_t channels = v.reduce_outer;
-    t.lanes = width == 1 || channels <= 64 ? 32 : channels <= (backward ? 768 : 1024) ? 8 : 4;
+    t.lanes = width == 1 || channels <= 64 ? 32 : channels <= (backward ? 768 : 512) ? 8 : 4;
     t.rows = kPixelThreads / t.lanes;
     t.tiles = ceil_div(v.kept, t.lanes * width);
     t.per_thread = ceil_div(channels, t.rows);
@@ -111,16 +112,22 @@ __global__ __launch_bounds__(kPixelThreads) void pixel_norm_fwd_kernel(NormForwa
     }
   } else {
     if (t.staged) {
+#pragma unroll 8
       for (int64_t i = 0; i < items; ++i) {
         fetch_async<n>(stage.at(0, i), p.x + first + i * stride);
       }
       copy_async_commit();
-      copy_async_wait<0>();
     }
-    A shift[n], sum[n], square[n];
+    // Means are kept less the pixel's first element, which rounding doesn't touch.
+    const int64_t top = me.o * channels * v.kept;
+    A base[n], shift[n], sum[n], square[n];
 #pragma unroll
-    for (int e = 0; e < n; ++e) shift[e] = sum[e] = square[e] = A(0);
-    if (centered && items > 0) widen(load<n>(p.x + first), shift);
+    for (int e = 0; e < n; ++e) base[e] = shift[e] = sum[e] = square[e] = A(0);
+    if (centered && items > 0) widen(load<n>(p.x + top + me.pixel), base);
+    copy_async_wait<0>();
+    if (centered && items > 0) {
+      widen(t.staged ? shared_load<n>(stage.at(0, 0)) : load<n>(p.x + first), shift);
+    }
 #pragma unroll 4
     for (int64_t i = 0; i < items; ++i) {
       const Pack<T, n> x =
@@ -132,13 +139,7 @@ __global__ __launch_bounds__(kPixelThreads) void pixel_norm_fwd_kernel(NormForwa
         square[e] += d * d;
       }
     }
-    // Means are kept less the pixel's first element, which rounding doesn't touch.
     const A count = static_cast<A>(items > 0 ? items : 1);
-    const int64_t top = me.o * channels * v.kept;
-    A base[n];
-#pragma unroll
-    for (int e = 0; e < n; ++e) base[e] = A(0);
-    if (centered && items > 0) widen(load<n>(p.x + top + me.pixel), base);
 #pragma unroll
     for (int e = 0; e < n; ++e) {
       const A excess = centered ? sum[e] * (sum[e] / count) : A(0);
@@ -231,30 +232,41 @@ __global__ __launch_bounds__(kPixelThreads, 1) void pixel_norm_bwd_kernel(NormBa
   const PixelStage<T, n> stage(row_sums + (t.shared_sums ? ceil_div(2 * channels, 4) * 4 : 0),
                                t.per_thread);
   const Drop<A> drop = Drop<A>::of(p.config.dropout);
+  const bool wants_map = p.dx != nullptr || p.dresidual != nullptr;
+  const int last_pass = frozen || !wants_map ? 0 : 1;
 
   for (int64_t task = blockIdx.x; task < tasks; task += t.groups) {
     const bool begun = task != blockIdx.x;
     const PixelThread me(v, t, n, task);
     const int64_t first = (me.o * channels + me.row) * v.kept + me.pixel;
     const int64_t stride = t.rows * v.kept, statistic = me.o * v.kept + me.pixel;
-    A mean[n], rstd[n], c[n], e_[n], gx[n], g[n];
-#pragma unroll
-    for (int e = 0; e < n; ++e) {
-      mean[e] = me.here && p.mean != nullptr ? load(p.mean + statistic + e) : A(0);
-      rstd[e] = me.here ? rstd_of(p.var, statistic + e, p.config.eps) : A(0);
-      c[e] = e_[e] = gx[e] = g[e] = A(0);
-    }
-    if (t.staged) {
-      for (int64_t i = 0; me.here && me.row + i * t.rows < channels; ++i) {
+    // The next part follows into each place when this one has been read for the last time.
+    const PixelThread then(v, t, n, task + t.groups);
+    const bool follows = task + t.groups < tasks && then.here && last_pass == 1;
+    const int64_t next = (then.o * channels + then.row) * v.kept + then.pixel;
+    if (t.staged && (!begun || last_pass == 0)) {
+      const int64_t items = me.here ? divide(channels - me.row + t.rows - 1, t.rows) : 0;
+#pragma unroll 4
+      for (int64_t i = 0; i < items; ++i) {
         fetch_async<n>(stage.at(0, i), p.x + first + i * stride);
         fetch_async<n>(stage.at(1, i), p.dy + first + i * stride);
       }
       copy_async_commit();
-      copy_async_wait<0>();
     }
-    const bool wants_map = p.dx != nullptr || p.dresidual != nullptr;
+    A mean[n], rstd[n], c[n], e_[n], gx[n], g[n];
+#pragma unroll
+    for (int e = 0; e < n; ++e) mean[e] = rstd[e] = c[e] = e_[e] = gx[e] = g[e] = A(0);
+    if (me.here) {
+      if (p.mean != nullptr) load_values<n>(p.mean + statistic, mean);
+      load_values<n>(p.var + statistic, rstd);
+    }
+#pragma unroll
+    for (int e = 0; e < n; ++e) {
+      rstd[e] = me.here ? A(1) / sqrt(rstd[e] + static_cast<A>(p.config.eps)) : A(0);
+    }
+    copy_async_wait<0>();
 #pragma unroll 1
-    for (int pass = 0; pass < (frozen || !wants_map ? 1 : 2); ++pass) {
+    for (int pass = 0; pass <= last_pass; ++pass) {
       const bool map = wants_map && (frozen || pass == 1);
       Pack<T, n> x{}, dy{}, residual{};
       const auto fetch = [&](int64_t i) {
@@ -276,6 +288,10 @@ __global__ __launch_bounds__(kPixelThreads, 1) void pixel_norm_bwd_kernel(NormBa
         fetch(i + 1);
         const int64_t channel = me.row + i * t.rows, at = first + i * stride;
         const bool there = me.here && channel < channels;
+        if (t.staged && pass == 1 && follows && channel < channels) {
+          fetch_async<n>(stage.at(0, i), p.x + next + i * stride);
+          fetch_async<n>(stage.at(1, i), p.dy + next + i * stride);
+        }
         A xhat[n], h[n], weight = A(0), own[2] = {0, 0};
         if (there) {
           weight = weight_of<T>(p.weight, p.config.weight_offset, channel);
@@ -326,6 +342,7 @@ __global__ __launch_bounds__(kPixelThreads, 1) void pixel_norm_bwd_kernel(NormBa
           }
         }
       }
+      if (pass == 1) copy_async_commit();
       if (pass == 1 || frozen) continue;
       __syncthreads();  // c and e of the task before have been read
 #pragma unroll
@@ -352,6 +369,7 @@ __global__ __launch_bounds__(kPixelThreads, 1) void pixel_norm_bwd_kernel(NormBa
       }
     }
   }
+  copy_async_wait<0>();
   if (!parameters || !t.shared_sums) return;
   __syncthreads();
   for (int64_t i = threadIdx.x; i < 2 * channels; i += threads) {
@@ -426,7 +444,7 @@ void pixel_norm_bwd(const NormBackward<T>& p, const DeviceLimits& device, Launch
     if ((p.dweight == nullptr && p.dbias == nullptr) || v.channels() == 0) return;
     return launch_add_samples<T>(launch, p, nullptr, nullptr, 0, v.channels());
   }
-  if (v.kept % n == 0 && aligned_to_16({p.x, p.dy, p.residual, p.dx, p.dresidual})) {
+  if (v.kept % n == 0 && aligned_to_16({p.x, p.dy, p.residual, p.dx, p.dresidual, p.mean, p.var})) {
     pixel_norm_bwd_of_width<n>(p, device, launch);
   } else {
     pixel_norm_bwd_of_width<1>(p, device, launch);

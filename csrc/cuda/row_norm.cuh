@@ -10,7 +10,7 @@
 // pass over what is on chip: the registers of a warp or a part of one (`items` packs of `width`
 // elements per thread), or, for longer rows, the shared memory of a block or of a cluster whose
 // blocks add their sums through distributed shared memory. Asynchronous copies bring a row there
-// without registers: 64 of them a thread leave room for 32 warps, with 64 KB and more under way,
+// without registers: 64 of them a thread leave room for 32 warps, with 33 to 128 KB under way,
 // where the row in registers had 16 warps in one block, which can't load while it reduces. Bytes of
 // DRAM: one read of x (and residual), one write of y (and s): 2 E b, with the prologue 4 E b.
 //

@@ -16,9 +16,10 @@
 // the partial rows, which stay in L2. The last block to finish could add them without a second
 // kernel, but alone: at N = 8192 one multiprocessor would read the 8.7 MB that now all share.
 //
-// A multiprocessor needs about 24 KB under way to have its share of 4 TB/s at a microsecond of
-// latency. The blocks of one read 4096 to 8192 columns at a time: 16 to 32 KB of bfloat16 x and dy,
-// of which a second stage alone would leave half under way on average, so there are four.
+// A multiprocessor needs about 30 KB under way to have its share of 4 TB/s at a microsecond of
+// latency. Its blocks, which have the 512 threads that registers allow, reduce up to 8192 columns
+// at a time, 32 KB of bfloat16 x and dy; with one more stage half of that would be under way on
+// average, so there are four. The statistics of a row travel in its stage as well.
 //
 // Rows that no cluster can hold are read twice, and add to their block's partial row in memory.
 // Where the channel isn't the column (group and instance norm) a kernel of its own adds up dweight
@@ -102,9 +103,13 @@ __global__ __launch_bounds__(kBackwardThreads, 1) void row_norm_bwd_kernel(NormB
   const int64_t size = p.config.view.reduce_inner;
   A* scratch = reinterpret_cast<A*>(dynamic_shared());
   if (shape.row.cluster > 1) cluster_arrive();
+  // Mean and variance, each thread's own: [stage][which][thread].
+  A* statistics = scratch + 2 * kRowScratch + threadIdx.x;
+  const int threads = static_cast<int>(blockDim.x);
   const Staging<T, width, items> staging{
-      reinterpret_cast<T*>(scratch + 2 * kRowScratch) + threadIdx.x * width,
-      static_cast<int>(blockDim.x) * width, shape.tensors};
+      reinterpret_cast<T*>(scratch + 2 * kRowScratch + 2 * shape.stages * threads) +
+          threadIdx.x * width,
+      threads * width, shape.tensors};
   RowThread t = RowThread::of(p.config.view.statistics(), shape.row);
   const int rows_per_block = static_cast<int>(blockDim.x) / shape.row.lanes;
   const int64_t jump = shape.groups * rows_per_block;
@@ -116,6 +121,8 @@ __global__ __launch_bounds__(kBackwardThreads, 1) void row_norm_bwd_kernel(NormB
 
   const auto fetch_row = [&](int64_t row, int stage) {
     if (row >= t.rows) return;
+    if (centered) copy_async<1>(statistics + 2 * stage * threads, p.mean + row);
+    copy_async<1>(statistics + (2 * stage + 1) * threads, p.var + row);
 #pragma unroll
     for (int i = 0; i < items; ++i) {
       const int k = t.lane + i * t.step;
@@ -146,8 +153,13 @@ __global__ __launch_bounds__(kBackwardThreads, 1) void row_norm_bwd_kernel(NormB
     fetch_row(t.row + ahead * jump, (turn + ahead) & ahead);
     copy_async_commit();
     const int stage = turn & ahead, here = t.row < t.rows ? packs : 0;
+    wait_for_stage(shape.stages);
     A mean = 0, rstd = 0;
-    if (here > 0) load_statistics(p, t.row, mean, rstd);
+    if (here > 0) {
+      if (centered) mean = shared_load(statistics + 2 * stage * threads);
+      const A var = shared_load(statistics + (2 * stage + 1) * threads);
+      rstd = A(1) / sqrt(var + static_cast<A>(p.config.eps));
+    }
     const Channels channels = Channels::of_row(p.config.view, t.row);
     const auto gradient = [&](int i, A(&weight)[width], A(&xhat)[width], A(&h)[width]) {
       const int64_t column = (t.lane + i * t.step) * int64_t{width};
@@ -159,7 +171,6 @@ __global__ __launch_bounds__(kBackwardThreads, 1) void row_norm_bwd_kernel(NormB
       gradient_of_pack<true>(p, shared_load<width>(staging.at(stage, 0, i)), dy, residual, weight,
                              channels, column, mean, rstd, drop, t.row * size + column, xhat, h);
     };
-    wait_for_stage(shape.stages);
 
     A sum[2] = {0, 0};
 #pragma unroll
@@ -310,9 +321,19 @@ __global__ __launch_bounds__(kBackwardThreads,
   }
 }
 
-// Most partial rows of a length: performance is flat around these, memory is not.
+// Most partial rows of a length: from as many blocks as have 512 threads on a multiprocessor.
 inline int64_t partial_rows(int64_t size) {
-  return kProcessors * (size <= 256 ? 8 : size <= 1024 ? 4 : size <= 2048 ? 2 : 1);
+  const int64_t threads = size <= 512 ? kSmallThreads : (size + 511) / 512 * 32;
+  return kProcessors * std::max<int64_t>(1, kBackwardThreads / threads);
+}
+
+// Blocks or clusters of a launch for `units` blocks' worth of rows. Eight rows a block or more, as
+// long as every multiprocessor has one: partial rows cost bytes too. Clusters of four and eight
+// share the multiprocessors of a part of the chip, where not all of 132 fit.
+inline int64_t backward_groups(int64_t size, int64_t units, int64_t cluster) {
+  const int64_t most = cluster >= 4 ? kProcessors / 8 * 8 : partial_rows(size);
+  const int64_t wanted = std::max<int64_t>(kProcessors, units / 8);
+  return std::min(units, std::max<int64_t>(1, std::min(most, wanted) / cluster));
 }
 
 inline bool parameters_by_column(const View& view) { return view.inner == 1 && view.kept == 1; }
@@ -346,8 +367,7 @@ BackwardShape row_norm_bwd_of_width(const NormBackward<T>& p, const DeviceLimits
   const int64_t per_block = threads / lanes;
   const bool third = (p.config.prologue ? p.dsum : p.residual) != nullptr;
   BackwardShape shape{{lanes, static_cast<int>(cluster)}, 4, third ? 3 : 2, 0};
-  shape.groups = std::min((rows + per_block - 1) / per_block,
-                          std::max<int64_t>(1, partial_rows(size) / cluster));
+  shape.groups = backward_groups(size, (rows + per_block - 1) / per_block, cluster);
   const unsigned grid = static_cast<unsigned>(shape.groups) * cluster;
   const size_t scratch = 2 * kRowScratch * sizeof(A);
   if (packs > widest * kBlock) {
@@ -355,7 +375,8 @@ BackwardShape row_norm_bwd_of_width(const NormBackward<T>& p, const DeviceLimits
            row_norm_bwd_streaming_kernel<T, width>, p, shape);
     return shape;
   }
-  const size_t stage = size_t(shape.tensors) * kItems * threads * width * sizeof(T);
+  const size_t stage =
+      threads * (size_t(shape.tensors) * kItems * width * sizeof(T) + 2 * sizeof(A));
   const size_t blocks = (shape.groups * cluster + kProcessors - 1) / kProcessors;
   const bool four = blocks * 4 * stage <= kStageBytes && scratch + 4 * stage <= device.max_shared;
   if (!four) shape.stages = 2;

@@ -116,7 +116,7 @@ __global__ __launch_bounds__(kTile* kTile) void add_partial_rows_kernel(NormBack
   const A* partial = reinterpret_cast<const A*>(p.workspace) + (second ? groups * size : 0);
   A sum = 0;
   if (column < size) {
-#pragma unroll 8
+#pragma unroll 4
     for (int64_t g = r; g < groups; g += kTile) sum += load(partial + g * size + column);
   }
   shared_store(tile + r * kTile + c, sum);
