@@ -393,8 +393,8 @@ FASTNORM_DEVICE void sum_over_rows(A (&v)[k], int rows, A* scratch) {
 
 // Neighbouring threads have neighbouring statistics; `rows` threads share the pieces of one.
 template <typename T>
-__global__ __launch_bounds__(kMergeThreads) void merge_moments_kernel(NormForward<T> p,
-                                                                      Pieces pieces, int rows) {
+__global__ __launch_bounds__(kMergeThreads, 1) void merge_moments_kernel(NormForward<T> p,
+                                                                         Pieces pieces, int rows) {
   using A = Accumulate<T>;
   A* scratch = reinterpret_cast<A*>(dynamic_shared());
   const View& v = p.config.view;

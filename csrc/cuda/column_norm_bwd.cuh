@@ -314,8 +314,8 @@ __global__ __launch_bounds__(kMergeThreads, 1) void merge_gradients_kernel(NormB
 
 // The sums of every statistic, from its channels: one warp each.
 template <typename T>
-__global__ __launch_bounds__(kMergeThreads) void add_channels_kernel(NormBackward<T> p,
-                                                                     Pieces pieces) {
+__global__ __launch_bounds__(kMergeThreads, 1) void add_channels_kernel(NormBackward<T> p,
+                                                                        Pieces pieces) {
   using A = Accumulate<T>;
   const View& v = p.config.view;
   const GradientSums<A> sums(p.workspace, v, pieces.total());
@@ -332,11 +332,10 @@ __global__ __launch_bounds__(kMergeThreads) void add_channels_kernel(NormBackwar
 
 // dweight and dbias: adds `count` rows of [channels] sums, at hx and h.
 template <typename T>
-__global__ __launch_bounds__(kMergeThreads) void add_samples_kernel(NormBackward<T> p,
-                                                                    const Accumulate<T>* hx,
-                                                                    const Accumulate<T>* h,
-                                                                    int64_t count, int64_t channels,
-                                                                    int rows) {
+__global__ __launch_bounds__(kMergeThreads,
+                             1) void add_samples_kernel(NormBackward<T> p, const Accumulate<T>* hx,
+                                                        const Accumulate<T>* h, int64_t count,
+                                                        int64_t channels, int rows) {
   using A = Accumulate<T>;
   const int columns = static_cast<int>(blockDim.x) / rows;
   const int row = static_cast<int>(threadIdx.x) / columns;
