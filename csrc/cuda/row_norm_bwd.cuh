@@ -31,7 +31,7 @@
 namespace fastnorm::cuda {
 
 inline constexpr int kBackwardThreads = 512;
-inline constexpr size_t kStageBytes = 128 * 1024;  // of four stages, on one multiprocessor
+inline constexpr size_t kStageBytes = 160 * 1024;  // of four stages, on one multiprocessor
 
 // Packs of a row that a thread owns: its elements have two registers each (dweight, dbias), twice
 // as many for double. Without packs the code of an element isn't shared with its neighbours, so
