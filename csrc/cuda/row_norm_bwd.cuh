@@ -11,10 +11,10 @@
 // ones are on their way: each thread copies its own packs to its own place in shared memory, so no
 // barrier is needed, and reads them from there in both passes; g is worked out twice, which keeps
 // the registers for the sums. At the end every block stores one partial row, and a second kernel
-// adds the partial rows in a fixed order. G depends on N, and is at most what the rows ask for:
-// dweight depends on the number of rows, dx doesn't. Bytes: 3 E b (with dsum 4 E b), and 16 G N for
-// the partial rows, which stay in L2. The last block to finish could add them without a second
-// kernel, but alone: at N = 8192 one multiprocessor would read the 8.7 MB that now all share.
+// adds the partial rows in a fixed order. G depends on N and the number of rows, so dweight does;
+// dx doesn't. Bytes: 3 E b (with dsum 4 E b), and 16 G N for the partial rows, which stay in L2.
+// The last block to finish could add them without a second kernel, but alone: at N = 8192 one
+// multiprocessor would read the 8.7 MB that now all share.
 //
 // A multiprocessor needs about 30 KB under way to have its share of 4 TB/s at a microsecond of
 // latency. Its blocks, which have the 512 threads that registers allow, reduce up to 8192 columns
@@ -327,13 +327,13 @@ inline int64_t partial_rows(int64_t size) {
   return kProcessors * std::max<int64_t>(1, kBackwardThreads / threads);
 }
 
-// Blocks or clusters of a launch for `units` blocks' worth of rows. Eight rows a block or more, as
-// long as every multiprocessor has one: partial rows cost bytes too. Clusters of four and eight
-// share the multiprocessors of a part of the chip, where not all of 132 fit.
-inline int64_t backward_groups(int64_t size, int64_t units, int64_t cluster) {
+// G, for blocks of `per_block` rows. Eight rows for each partial row, which costs bytes as well, as
+// long as every multiprocessor has a block. Clusters of four and eight share the multiprocessors of
+// a part of the chip, where not all of 132 fit.
+inline int64_t backward_groups(int64_t size, int64_t rows, int64_t per_block, int64_t cluster) {
   const int64_t most = cluster >= 4 ? kProcessors / 8 * 8 : partial_rows(size);
-  const int64_t wanted = std::max<int64_t>(kProcessors, units / 8);
-  return std::min(units, std::max<int64_t>(1, std::min(most, wanted) / cluster));
+  const int64_t wanted = std::min(most, std::max<int64_t>(kProcessors, rows / 8));
+  return std::min((rows + per_block - 1) / per_block, std::max<int64_t>(1, wanted / cluster));
 }
 
 inline bool parameters_by_column(const View& view) { return view.inner == 1 && view.kept == 1; }
@@ -367,7 +367,7 @@ BackwardShape row_norm_bwd_of_width(const NormBackward<T>& p, const DeviceLimits
   const int64_t per_block = threads / lanes;
   const bool third = (p.config.prologue ? p.dsum : p.residual) != nullptr;
   BackwardShape shape{{lanes, static_cast<int>(cluster)}, 4, third ? 3 : 2, 0};
-  shape.groups = backward_groups(size, (rows + per_block - 1) / per_block, cluster);
+  shape.groups = backward_groups(size, rows, per_block, cluster);
   const unsigned grid = static_cast<unsigned>(shape.groups) * cluster;
   const size_t scratch = 2 * kRowScratch * sizeof(A);
   if (packs > widest * kBlock) {

@@ -140,7 +140,7 @@ int64_t row_norm_bwd_ragged(const NormBackward<T>& p, const DeviceLimits& device
   const int per_block = static_cast<int>((size + cluster - 1) / cluster);
   const unsigned threads = threads_for(per_block, items);
   BackwardShape shape{{static_cast<int>(threads), static_cast<int>(cluster)}, 2, 3, 0};
-  shape.groups = backward_groups(size, rows, cluster);
+  shape.groups = backward_groups(size, rows, 1, cluster);
   const size_t scratch = 2 * kRowScratch * sizeof(Accumulate<T>);
   const size_t stage = size_t{3} * Run<T>::capacity(per_block) * sizeof(T);
   const size_t kept =
