@@ -104,6 +104,42 @@ RowStats<T> row_stats(const NormForward<T>& p, int64_t at, T* x, acc_t<T>* scrat
   return stats;
 }
 
+// sum = residual + dropout(x) of elements [at, at + n)
+template <typename T>
+void add_prologue(const NormForward<T>& p, int64_t at, int64_t n) {
+  using A = acc_t<T>;
+  const Dropout& dropout = p.config.dropout;
+  const T *x = p.x + at, *residual = p.residual + at;
+  T* sum = p.sum + at;
+  if (!dropout.seed) {
+    return for_each_wide<A>(n, [&](auto tag, int64_t i) {
+      store(tag, sum + i, load(tag, x + i) + load(tag, residual + i));
+    });
+  }
+  const A scale = static_cast<A>(dropout.scale);
+  for_each_mask(n, at, dropout, [&](int64_t first, int64_t m, const KeepMask* mask) {
+    for_each_wide<A>(m, [&](auto tag, int64_t j) {
+      const int64_t i = first + j;
+      store(tag, sum + i, kept(tag, load(tag, x + i) * scale, mask + j) + load(tag, residual + i));
+    });
+  });
+}
+
+// y = dropout(activation(values + residual)) of elements [at, at + n)
+template <typename T>
+C10_NOINLINE void apply_epilogue(const NormForward<T>& p, int64_t at, int64_t n,
+                                 acc_t<T>* values) {
+  const NormConfig& c = p.config;
+  T* y = p.y + at;
+  if (p.residual) add_chunk(p.residual + at, values, n);
+  if (!c.dropout.seed && c.activation != Activation::None) {
+    return activate_chunk(c.activation, values, y, n);
+  }
+  activate_chunk(c.activation, values, n);
+  if (c.dropout.seed) apply_dropout(values, n, at, c.dropout);
+  store_chunk(values, y, n);
+}
+
 // What the chunks of one row share.
 template <typename T>
 struct Row {

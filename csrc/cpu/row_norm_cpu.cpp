@@ -22,7 +22,7 @@
 #include <memory>
 #include <vector>
 
-#include "cpu/row_cpu.h"
+#include "cpu/short_rows.h"
 
 namespace fastnorm::cpu {
 namespace {
@@ -57,20 +57,6 @@ void apply(const Row<T>& row, const acc_t<T>* x, int64_t first, int64_t n, Out* 
   }
 }
 
-// sum = residual + dropout(x) of elements [at, at + n)
-template <typename T>
-void drop_and_add(const NormForward<T>& p, int64_t at, int64_t n) {
-  const Dropout& dropout = p.config.dropout;
-  const auto scale = static_cast<acc_t<T>>(dropout.scale);
-  for_each_mask(n, at, dropout, [&](int64_t first, int64_t m, const KeepMask* mask) {
-    const T *x = p.x + at + first, *residual = p.residual + at + first;
-    T* sum = p.sum + at + first;
-    for_each_wide<acc_t<T>>(m, [&](auto tag, int64_t i) {
-      store(tag, sum + i, kept(tag, load(tag, x + i) * scale, mask + i) + load(tag, residual + i));
-    });
-  });
-}
-
 // `scratch` has room for min(n, kScratch) values; only 16-bit rows need it.
 template <typename T>
 void forward_row(const NormForward<T>& p, int64_t index, acc_t<T>* scratch) {
@@ -83,7 +69,7 @@ void forward_row(const NormForward<T>& p, int64_t index, acc_t<T>* scratch) {
   if (c.prologue && !c.dropout.seed) {
     stats = row_stats<true>(p, at, x, scratch, keep);
   } else {
-    if (c.prologue) drop_and_add(p, at, n);
+    if (c.prologue) add_prologue(p, at, n);
     stats = row_stats<false>(p, at, x, scratch, keep);
   }
   if (p.mean) p.mean[index] = stats.mean;
@@ -99,13 +85,7 @@ void forward_row(const NormForward<T>& p, int64_t index, acc_t<T>* scratch) {
     if (!epilogue) return apply(row, values, i, m, y, next);
     A buffer[kChunk];
     apply(row, values, i, m, buffer, next);
-    if (p.residual) add_chunk(p.residual + at + i, buffer, m);
-    if (!c.dropout.seed && c.activation != Activation::None) {
-      return activate_chunk(c.activation, buffer, y, m);
-    }
-    activate_chunk(c.activation, buffer, m);
-    if (c.dropout.seed) apply_dropout(buffer, m, at + i, c.dropout);
-    store_chunk(buffer, y, m);
+    apply_epilogue(p, at + i, m, buffer);
   });
 }
 
@@ -404,6 +384,14 @@ void row_norm_fwd(const NormForward<T>& p) {
   }
   const int64_t n = view.reduce_inner;
   if (view.numel() == 0) return;
+  if (n <= kShortRow) {
+    const int64_t columns = view.kept * n;
+    const auto weight = padded(p.weight, columns, A(1)), bias = padded(p.bias, columns, -A(0));
+    return at::parallel_for(
+        0, view.statistics(), rows_per_task<T>(n), [&](int64_t begin, int64_t end) {
+          short_rows_fwd(p, weight.get(), bias.get(), begin, end);
+        });
+  }
   at::parallel_for(0, view.statistics(), rows_per_task<T>(n), [&](int64_t begin, int64_t end) {
     std::unique_ptr<A[]> scratch;
     if (sizeof(T) == 2) scratch.reset(new A[std::min(n, kScratch)]);
