@@ -127,8 +127,7 @@ void add_prologue(const NormForward<T>& p, int64_t at, int64_t n) {
 
 // y = dropout(activation(values + residual)) of elements [at, at + n)
 template <typename T>
-C10_NOINLINE void apply_epilogue(const NormForward<T>& p, int64_t at, int64_t n,
-                                 acc_t<T>* values) {
+C10_NOINLINE void apply_epilogue(const NormForward<T>& p, int64_t at, int64_t n, acc_t<T>* values) {
   const NormConfig& c = p.config;
   T* y = p.y + at;
   if (p.residual) add_chunk(p.residual + at, values, n);
@@ -138,6 +137,45 @@ C10_NOINLINE void apply_epilogue(const NormForward<T>& p, int64_t at, int64_t n,
   activate_chunk(c.activation, values, n);
   if (c.dropout.seed) apply_dropout(values, n, at, c.dropout);
   store_chunk(values, y, n);
+}
+
+// Whether the epilogue's gradient needs xhat * weight + bias again.
+template <typename T>
+bool needs_pre(const NormBackward<T>& p) {
+  return p.dy && !p.config.prologue && p.config.activation != Activation::None;
+}
+
+// d of elements [at, at + n): the gradient that reaches pre, which becomes scratch.
+template <typename T>
+C10_NOINLINE void epilogue_backward(const NormBackward<T>& p, int64_t at, int64_t n, acc_t<T>* pre,
+                                    acc_t<T>* d) {
+  const NormConfig& c = p.config;
+  if (!p.dy) {  // of the prologue, whose sum alone has a gradient
+    std::fill_n(d, n, acc_t<T>(0));
+    return;
+  }
+  const T* dy = p.dy + at;
+  const bool activated = needs_pre(p);
+  if (activated) {
+    if (p.residual) add_chunk(p.residual + at, pre, n);
+    if (!c.dropout.seed) return activate_chunk_backward(c.activation, pre, dy, d, n);
+  }
+  load_chunk(dy, d, n);
+  if (c.dropout.seed && !c.prologue) apply_dropout(d, n, at, c.dropout);
+  if (activated) activate_chunk_backward(c.activation, pre, d, n);
+}
+
+// Writes dx of elements [at, at + n), which is scratch afterwards; behind a prologue it is that of
+// the sum.
+template <typename T>
+C10_NOINLINE void write_dx(const NormBackward<T>& p, int64_t at, int64_t n, acc_t<T>* dx) {
+  const NormConfig& c = p.config;
+  if (c.prologue) {
+    if (p.dsum) add_chunk(p.dsum + at, dx, n);
+    if (p.dresidual) store_chunk(dx, p.dresidual + at, n);
+    if (c.dropout.seed) apply_dropout(dx, n, at, c.dropout);
+  }
+  if (p.dx) store_chunk(dx, p.dx + at, n);
 }
 
 // What the chunks of one row share.

@@ -91,27 +91,6 @@ void forward_row(const NormForward<T>& p, int64_t index, acc_t<T>* scratch) {
 
 // ---- backward ----
 
-// d of a chunk: the gradient that reaches pre. `pre` is scratch.
-template <typename T>
-void epilogue_backward(const NormBackward<T>& p, const Row<T>& row, int64_t at, int64_t first,
-                       int64_t n, const acc_t<T>* xhat, acc_t<T>* pre, acc_t<T>* d) {
-  const NormConfig& c = p.config;
-  if (!p.dy) {  // of the prologue, whose sum alone has a gradient
-    std::fill_n(d, n, acc_t<T>(0));
-    return;
-  }
-  const T* dy = p.dy + at + first;
-  const bool activated = !c.prologue && c.activation != Activation::None;
-  if (activated) {
-    row.affine(xhat, first, n, pre);
-    if (p.residual) add_chunk(p.residual + at + first, pre, n);
-    if (!c.dropout.seed) return activate_chunk_backward(c.activation, pre, dy, d, n);
-  }
-  load_chunk(dy, d, n);
-  if (c.dropout.seed && !c.prologue) apply_dropout(d, n, at + first, c.dropout);
-  if (activated) activate_chunk_backward(c.activation, pre, d, n);
-}
-
 // The means of g and of g * xhat over a row, which dx subtracts.
 template <typename A>
 struct RowMeans {
@@ -266,7 +245,8 @@ void backward_row(const NormBackward<T>& p, int64_t index, acc_t<T> rstd,
   BackwardSums<double> total;
   for_each_stretch(n, kChunk, [&](int64_t first, int64_t m) {
     row.center(p.x + at + first, m, xhat);
-    epilogue_backward(p, row, at, first, m, xhat, pre, d);
+    if (needs_pre(p)) row.affine(xhat, first, m, pre);
+    epilogue_backward(p, at + first, m, pre, d);
     if (p.dresidual && !c.prologue) store_chunk(d, p.dresidual + at + first, m);
     add_sums(row, d, xhat, first, m, scratch.data() + first, sums, total);
   });
@@ -283,19 +263,18 @@ void backward_row(const NormBackward<T>& p, int64_t index, acc_t<T> rstd,
     };
     if (!c.prologue) return write(p.dx + at + first);
     write(d);
-    if (p.dsum) add_chunk(p.dsum + at + first, d, m);
-    if (p.dresidual) store_chunk(d, p.dresidual + at + first, m);
-    if (c.dropout.seed) apply_dropout(d, m, at + first, c.dropout);
-    if (p.dx) store_chunk(d, p.dx + at + first, m);
+    write_dx(p, at + first, m, d);
   });
 }
 
 // The root and the division of all rows first: in the chain from row to row they took a sixth of
 // the time of a row of 64.
 template <typename T>
-void backward_rows(const NormBackward<T>& p, int64_t begin, int64_t end, ChannelSums<acc_t<T>> sums,
+void backward_rows(const NormBackward<T>& p, const ShortParameters<acc_t<T>>& parameters,
+                   int64_t begin, int64_t end, int64_t last, ChannelSums<acc_t<T>> sums,
                    std::vector<acc_t<T>>& scratch) {
   using A = acc_t<T>;
+  if (is_short(p.config.view)) return short_rows_bwd(p, parameters, begin, end, last, sums);
   A rstd[kSumRows];
   for (int64_t row = begin; row < end;) {
     const int64_t count = std::min(kSumRows, end - row);
@@ -384,13 +363,11 @@ void row_norm_fwd(const NormForward<T>& p) {
   }
   const int64_t n = view.reduce_inner;
   if (view.numel() == 0) return;
-  if (n <= kShortRow) {
-    const int64_t columns = view.kept * n;
-    const auto weight = padded(p.weight, columns, A(1)), bias = padded(p.bias, columns, -A(0));
+  if (is_short(view)) {
+    const ShortParameters<A> parameters(view, p.weight, p.bias);
     return at::parallel_for(
-        0, view.statistics(), rows_per_task<T>(n), [&](int64_t begin, int64_t end) {
-          short_rows_fwd(p, weight.get(), bias.get(), begin, end);
-        });
+        0, view.statistics(), rows_per_task<T>(n),
+        [&](int64_t begin, int64_t end) { short_rows_fwd(p, parameters, begin, end); });
   }
   at::parallel_for(0, view.statistics(), rows_per_task<T>(n), [&](int64_t begin, int64_t end) {
     std::unique_ptr<A[]> scratch;
@@ -410,43 +387,50 @@ void row_norm_bwd(const NormBackward<T>& p) {
     if (p.dbias) std::fill_n(p.dbias, channels, A(0));
     return;
   }
+  const bool brief = is_short(view);
+  const ShortParameters<A> parameters(view, p.weight, p.bias);
+  // dweight is summed even if dbias alone is asked for: dx must not round otherwise then, and the
+  // plain form has one loop less. Short rows sum both, and reach behind them.
+  const int64_t behind = brief ? Wide<A>::kSize : 0;
+  const int64_t to_dbias = p.dbias || brief ? channels + behind : 0;
+  const int64_t stride = to_dbias + channels + behind;
+  const auto sums_at = [&](A* first) {
+    return ChannelSums<A>{first, to_dbias ? first + to_dbias : nullptr};
+  };
+  const int64_t per_task = rows_per_task<T>(view.reduce_inner);
   if (!p.dweight && !p.dbias) {
-    at::parallel_for(0, rows, rows_per_task<T>(view.reduce_inner), [&](int64_t begin, int64_t end) {
-      std::vector<A> scratch;
-      backward_rows(p, begin, end, {}, scratch);
+    at::parallel_for(0, rows, per_task, [&](int64_t begin, int64_t end) {
+      std::vector<A> scratch, unused(brief ? stride : 0);
+      const auto sums = brief ? sums_at(unused.data()) : ChannelSums<A>{};
+      backward_rows(p, parameters, begin, end, end, sums, scratch);
     });
     return;
   }
-  const int64_t per_task = rows_per_task<T>(view.reduce_inner);
   const int64_t blocks = rows <= std::min(per_task, kSumRows) ? 1 : row_blocks(rows);
-  // dweight is summed even if dbias alone is asked for: dx must not round otherwise then, and the
-  // plain form has one loop less.
-  const int64_t stride = channels * (p.dbias ? 2 : 1);
-  const auto sums_at = [&](A* first) {
-    return ChannelSums<A>{first, p.dbias ? first + channels : nullptr};
-  };
   std::unique_ptr<A[]> partial(new A[blocks * stride]);
-  at::parallel_for(
-      0, blocks, std::max<int64_t>(1, per_task * blocks / rows), [&](int64_t begin, int64_t end) {
-        std::vector<A> scratch, few;
-        for (int64_t block = begin; block < end; ++block) {
-          A* mine = partial.get() + block * stride;
-          std::fill_n(mine, stride, A(0));
-          const int64_t last = rows * (block + 1) / blocks;
-          int64_t row = rows * block / blocks;
-          if (last - row <= kSumRows) {
-            backward_rows(p, row, last, sums_at(mine), scratch);
-            continue;
-          }
-          for (; row < last; row += kSumRows) {
-            few.assign(stride, A(0));
-            backward_rows(p, row, std::min(last, row + kSumRows), sums_at(few.data()), scratch);
-            add_chunk(few.data(), mine, stride);
-          }
-        }
-      });
+  at::parallel_for(0, blocks, std::max<int64_t>(1, per_task * blocks / rows),
+                   [&](int64_t begin, int64_t end) {
+                     std::vector<A> scratch, few;
+                     const int64_t task_end = rows * end / blocks;
+                     for (int64_t block = begin; block < end; ++block) {
+                       A* mine = partial.get() + block * stride;
+                       std::fill_n(mine, stride, A(0));
+                       const int64_t last = rows * (block + 1) / blocks;
+                       int64_t row = rows * block / blocks;
+                       if (last - row <= kSumRows) {
+                         backward_rows(p, parameters, row, last, task_end, sums_at(mine), scratch);
+                         continue;
+                       }
+                       for (; row < last; row += kSumRows) {
+                         few.assign(stride, A(0));
+                         backward_rows(p, parameters, row, std::min(last, row + kSumRows), task_end,
+                                       sums_at(few.data()), scratch);
+                         add_chunk(few.data(), mine, stride);
+                       }
+                     }
+                   });
   if (p.dweight) sum_blocks(partial.get(), blocks, stride, channels, p.dweight);
-  if (p.dbias) sum_blocks(partial.get() + channels, blocks, stride, channels, p.dbias);
+  if (p.dbias) sum_blocks(partial.get() + to_dbias, blocks, stride, channels, p.dbias);
 }
 
 const char* row_norm_form(const View& view, int element_size) {
