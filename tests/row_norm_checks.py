@@ -213,6 +213,39 @@ class RowNormChecks:
             assert torch.equal(ys, y[part])
             assert torch.equal(dxs, dx[part])
 
+    @pytest.mark.parametrize("activation", [None, "silu"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    def test_short_rows_in_blocks(self, dtype, activation):
+        # Blocks of 16 rows, of fewer from 65 columns on; each Wide may reach into the next rows.
+        results: list[list[Tensor]] = []
+        for n in (*range(1, 41), 63, 64, 65, 127, 128):
+            x = random_tensor(37, n, dtype=dtype)
+            r = x.flip(0) if activation else None
+            w, b = self.parameters(n, dtype)
+            g = gradient_like(x)
+            ours, theirs = self.fused((n,), activation=activation), self.unfused((n,), activation)
+            peer = torch.float32 if dtype == torch.float64 else None
+            for run in ((ours, None), (theirs, peer), (theirs, torch.float64)):
+                results.append(run_with_gradients(run[0], [x, w, b, r], [g], run[1]))
+            y, dx = results[-3][:2]
+            x[20] = float("inf")
+            for part in (slice(0, 1), slice(15, 17), slice(3, 20), slice(21, 37), slice(0, 37)):
+                few = [x[part], w, b, None if r is None else r[part]]
+                ys, dxs, *_ = run_with_gradients(ours, few, [g[part]])
+                clean = torch.arange(37)[part] != 20
+                assert torch.equal(ys[clean], y[part][clean]), f"width {n}"
+                assert torch.equal(dxs[clean], dx[part][clean]), f"width {n}"
+        # A parameter of few columns has too few errors to compare: all widths together.
+        together = [
+            [
+                torch.cat([t.flatten() for t in same])
+                for same in zip(*kind, strict=True)
+                if same[0] is not None
+            ]
+            for kind in (results[0::3], results[1::3], results[2::3])
+        ]
+        assert_within_budget(*together)
+
     # ---- gradients of gradients ----
 
     @pytest.mark.parametrize("weight", [False, True])

@@ -128,8 +128,8 @@ void for_each_dx(const Row<T>& row, RowMeans<acc_t<T>> mean, int64_t n, const T*
 // is that of the sum. Which parameters there are is known to the compiler: as branches in the loop
 // they doubled its time. `scratch` keeps xhat and g of a 16-bit row.
 template <bool kWeight, bool kDweight, bool kDbias, typename T>
-void backward_row_plain(const NormBackward<T>& p, const Row<T>& row, int64_t at,
-                        ChannelSums<acc_t<T>> sums, std::vector<acc_t<T>>& scratch) {
+C10_NOINLINE void backward_row_plain(const NormBackward<T>& p, const Row<T>& row, int64_t at,
+                                     ChannelSums<acc_t<T>> sums, std::vector<acc_t<T>>& scratch) {
   using A = acc_t<T>;
   const NormConfig& c = p.config;
   const int64_t n = c.view.reduce_inner;

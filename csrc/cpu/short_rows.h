@@ -175,8 +175,9 @@ void short_map(const T* x, const ShortBlock<acc_t<T>>& block, Out* out) {
 
 // Rows [begin, end)
 template <typename T>
-void short_rows_fwd(const NormForward<T>& p, const ShortParameters<acc_t<T>>& parameters,
-                    int64_t begin, int64_t end) {
+C10_NOINLINE void short_rows_fwd(const NormForward<T>& p,
+                                 const ShortParameters<acc_t<T>>& parameters, int64_t begin,
+                                 int64_t end) {
   using A = acc_t<T>;
   const NormConfig& c = p.config;
   const int64_t n = c.view.reduce_inner;
@@ -252,8 +253,9 @@ void short_dx(const T* x, const D* d, const ShortBlock<acc_t<T>>& block, bool ce
 
 // Rows [begin, end) of a task that goes on to `last`. The sums have room for a Wide behind them.
 template <typename T>
-void short_rows_bwd(const NormBackward<T>& p, const ShortParameters<acc_t<T>>& parameters,
-                    int64_t begin, int64_t end, int64_t last, ChannelSums<acc_t<T>> sums) {
+C10_NOINLINE void short_rows_bwd(const NormBackward<T>& p,
+                                 const ShortParameters<acc_t<T>>& parameters, int64_t begin,
+                                 int64_t end, int64_t last, ChannelSums<acc_t<T>> sums) {
   using A = acc_t<T>;
   const NormConfig& c = p.config;
   const int64_t n = c.view.reduce_inner;
