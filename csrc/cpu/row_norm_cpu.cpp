@@ -10,13 +10,14 @@
 //              dx = rstd * (g - mean(g) - xhat * mean(g * xhat))
 //              (RMS norm has no mean(g); frozen statistics never take this geometry)
 //
-// A row is cut into stretches of kStretch elements, which stay in L1 between the two passes of the
-// variance; their moments are merged in order, in double. A 16-bit row is widened once, into
-// scratch, where it is short enough to stay in L2; the next row is fetched while this one is
-// written, because the passes in between leave the memory idle (10 to 25 % of the whole). dweight
-// and dbias are summed over kSumRows rows at a time, these sums over a block of rows, and the
-// blocks in order. All cuts are functions of the shape alone, so every bit of the result is
-// independent of the number of threads, and a row's of the other rows.
+// Rows of at most 128 elements go to short_rows.h. A longer one is cut into stretches of kStretch
+// elements, which stay in L1 between the two passes of the variance; their moments are merged in
+// order, in double. A 16-bit row is widened once, into scratch, where it is short enough to stay in
+// L2; the next row is fetched while this one is written, because the passes in between leave the
+// memory idle (10 to 25 % of the whole). dweight and dbias are summed over kSumRows rows at a time,
+// these sums over a block of rows, and the blocks in order. All cuts are functions of the shape
+// alone, so every bit of the result is independent of the number of threads, and a row's of the
+// other rows.
 #include <ATen/Parallel.h>
 
 #include <memory>
@@ -267,8 +268,7 @@ void backward_row(const NormBackward<T>& p, int64_t index, acc_t<T> rstd,
   });
 }
 
-// The root and the division of all rows first: in the chain from row to row they took a sixth of
-// the time of a row of 64.
+// The roots and divisions of many rows first: they leave the chain from row to row.
 template <typename T>
 void backward_rows(const NormBackward<T>& p, const ShortParameters<acc_t<T>>& parameters,
                    int64_t begin, int64_t end, int64_t last, ChannelSums<acc_t<T>> sums,

@@ -113,7 +113,7 @@ struct ShortBlock {
   }
 };
 
-// The same for the storage type: room to copy a block to, with a Wide behind it.
+// A block's elements, with room for a Wide behind them.
 template <typename T>
 struct ShortRoom {
   T values[kShortElements + Wide<acc_t<T>>::kSize];
