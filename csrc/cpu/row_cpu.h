@@ -106,7 +106,7 @@ RowStats<T> row_stats(const NormForward<T>& p, int64_t at, T* x, acc_t<T>* scrat
 
 // sum = residual + dropout(x) of elements [at, at + n)
 template <typename T>
-void add_prologue(const NormForward<T>& p, int64_t at, int64_t n) {
+C10_NOINLINE void add_prologue(const NormForward<T>& p, int64_t at, int64_t n) {
   using A = acc_t<T>;
   const Dropout& dropout = p.config.dropout;
   const T *x = p.x + at, *residual = p.residual + at;

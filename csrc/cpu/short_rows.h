@@ -157,7 +157,7 @@ void short_stats(const T* x, bool centered, ShortBlock<acc_t<T>>& block) {
 
 // out = xhat * weight + bias
 template <typename T, typename Out>
-void short_map(const T* x, const ShortBlock<acc_t<T>>& block, Out* out) {
+C10_NOINLINE void short_map(const T* x, const ShortBlock<acc_t<T>>& block, Out* out) {
   using A = acc_t<T>;
   const int64_t n = block.n;
   block.each_row([&](int64_t r, int64_t column) {
@@ -208,8 +208,8 @@ C10_NOINLINE void short_rows_fwd(const NormForward<T>& p,
 
 // dx (if not null) from d, whose sums and those of d * xhat are added to the columns'.
 template <typename T, typename D>
-void short_dx(const T* x, const D* d, const ShortBlock<acc_t<T>>& block, bool centered,
-              ChannelSums<acc_t<T>> sums, D* dx) {
+C10_NOINLINE void short_dx(const T* x, const D* d, const ShortBlock<acc_t<T>>& block, bool centered,
+                           ChannelSums<acc_t<T>> sums, D* dx) {
   using A = acc_t<T>;
   const RowLanes<A> lanes = block.lanes;
   const int64_t n = block.n;
