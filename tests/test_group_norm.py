@@ -95,6 +95,17 @@ def test_a_sample_does_not_depend_on_its_batch(memory):
         assert torch.equal(whole[i : i + 1], alone)
 
 
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("length", [5, 150])
+def test_a_group_does_not_depend_on_the_others_parameters(activation, length):
+    x, w = torch.randn(3, 6, length), torch.randn(6)
+    w[2:4] = torch.nan
+    y, dx, *_ = with_gradients(ours(3, activation), [x, w, None], torch.randn_like(x))
+    groups = torch.tensor([0, 0, 1, 1, 0, 0], dtype=torch.bool)
+    assert torch.equal(y.isnan().any(-1).all(0), groups)
+    assert torch.equal(dx.isnan().any(-1).all(0), groups)
+
+
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_mixed_dtypes(weight_dtype):
     x = torch.randn(2, 8, 5).bfloat16()

@@ -223,7 +223,8 @@ C10_NOINLINE void short_dx(const T* x, const D* d, const ShortBlock<acc_t<T>>& b
     Wide<A> g_lanes, gx_lanes;
     lanes.each([&](int64_t i, auto own) {
       const Wide<A> xhat = own((load(WideTag{}, x_row + i) - mean) * rstd);
-      const Wide<A> v = own(load(WideTag{}, d_row + i)), g = v * load(WideTag{}, w + i);
+      const Wide<A> v = own(load(WideTag{}, d_row + i));
+      const Wide<A> g = own(v * load(WideTag{}, w + i));
       store(WideTag{}, dw + i, fmadd(v, xhat, load(WideTag{}, dw + i)));
       store(WideTag{}, db + i, load(WideTag{}, db + i) + v);
       g_lanes += g;
