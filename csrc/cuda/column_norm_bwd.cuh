@@ -41,7 +41,7 @@ struct GradientSums {
   }
 };
 
-// The factors of c and e of dx: c = -rstd^2 of(gx), e = -rstd of(g), sums of a statistic.
+// c and e of dx, in two steps: the loads of the statistic's sums, and what is worked out of them.
 template <typename T>
 FASTNORM_DEVICE void load_terms(const NormBackward<T>& p, const GradientSums<Accumulate<T>>& sums,
                                 int64_t statistic, Accumulate<T>& c, Accumulate<T>& e) {
